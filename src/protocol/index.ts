@@ -1,0 +1,3 @@
+/** What both sides of a boundary agree on, as pure codecs: the subpath `virtio-driver/protocol`. */
+
+export * from "./vhost-user.js";
