@@ -1,3 +1,4 @@
 /** What both sides of a boundary agree on, as pure codecs: the subpath `virtio-driver/protocol`. */
 
+export * from "./blk.js";
 export * from "./vhost-user.js";

@@ -32,23 +32,49 @@ export interface VirtqueueLayoutOptions {
   };
 }
 
-/** One field of a virtqueue, for tables and drawings; offsets count from the start of the queue. */
+/** A field of an area: a scalar, or an array of scalars or structs. */
 export interface LayoutField {
   /** Name as in the specification's struct, for example `avail.idx`. */
   readonly name: string;
+  /** Type as in the specification, for example `le16` or `struct virtq_desc`. */
+  readonly type: string;
   /** Bytes from the start of the queue. */
   readonly offset: number;
-  /** Bytes. */
-  readonly size: number;
+  /** Bytes of one element. */
+  readonly elementSize: number;
+  /** Elements of an array; undefined for a scalar. */
+  readonly count: number | undefined;
   /** Alignment in bytes that the specification asks for. */
   readonly align: number;
+  /** Members of one element, where it is a struct; their offsets count from the start of the element. */
+  readonly members: readonly LayoutMember[];
+}
+
+/** A member of a struct. */
+export interface LayoutMember {
+  /** Name as in the specification's struct, for example `addr`. */
+  readonly name: string;
+  /** Type as in the specification, for example `le64`. */
+  readonly type: string;
+  /** Bytes from the start of the struct. */
+  readonly offset: number;
+  /** Bytes, and the alignment. */
+  readonly size: number;
 }
 
 /** One area of a virtqueue with its fields. */
-export interface LayoutArea extends LayoutField {
+export interface LayoutArea {
+  /** Which area, and what it is in this format: `driver area: available ring`. */
+  readonly name: string;
+  /** Bytes from the start of the queue. */
+  readonly offset: number;
+  /** Bytes, padding at the end included. */
+  readonly size: number;
+  /** Alignment in bytes that the specification asks for. */
+  readonly align: number;
   /** Who writes the area: the driver, the device, or both. */
   readonly writer: "driver" | "device" | "both";
-  /** The fields, in order of offset, without gaps but for padding at the end. */
+  /** The fields, in order of offset, without gaps; padding may follow the last. */
   readonly fields: readonly LayoutField[];
 }
 
@@ -113,7 +139,8 @@ export class VirtqueueLayout {
 
     const n = this.queueSize;
     this.driverAreaOffset = DESC_SIZE * n;
-    this.deviceAreaOffset = this.driverAreaOffset + (this.packed ? EVENT_SUPPRESS_SIZE : alignUp(availBytes(n), USED_ALIGN));
+    this.deviceAreaOffset =
+      this.driverAreaOffset + (this.packed ? EVENT_SUPPRESS_SIZE : alignUp(availBytes(n), USED_ALIGN));
     this.reqOffset = alignUp(this.deviceAreaEnd, this.requestAlign);
     this.endOffset = alignUp(this.reqOffset + this.requestSize * n, DESC_ALIGN);
     if (!Number.isSafeInteger(this.totalSize)) {
@@ -144,7 +171,7 @@ export function alignUp(value: number, align: number): number {
 
 /** Whether `value` is a power of two (1 included). */
 export function isPowerOfTwo(value: number): boolean {
-  return Number.isSafeInteger(value) && value > 0 && Number.isInteger(Math.log2(value));
+  return Number.isSafeInteger(value) && value > 0 && 2 ** Math.round(Math.log2(value)) === value;
 }
 
 /**
@@ -172,64 +199,111 @@ function usedBytes(n: number): number {
   return USED_RING_OFFSET + USED_ELEM_SIZE * n + SPLIT_EVENT_FIELD_SIZE;
 }
 
+const SCALAR_SIZES = { le16: 2, le32: 4, le64: 8 } as const;
+type Scalar = keyof typeof SCALAR_SIZES;
+type Writer = LayoutArea["writer"];
+
 function splitAreas(layout: VirtqueueLayout): LayoutArea[] {
   const n = layout.queueSize;
   const avail = layout.driverAreaOffset;
   const used = layout.deviceAreaOffset;
+  const availRing = avail + AVAIL_RING_OFFSET;
+  const usedRing = used + USED_RING_OFFSET;
   return [
-    descriptorArea("descriptor table", "driver", n, ["addr", "len", "flags", "next"]),
-    {
-      ...{ name: "driver area: available ring", offset: avail, size: used - avail, align: AVAIL_ALIGN, writer: "driver" },
-      fields: [
-        { name: "avail.flags", offset: avail, size: 2, align: 2 },
-        { name: "avail.idx", offset: avail + 2, size: 2, align: 2 },
-        { name: `avail.ring[${n}]`, offset: avail + AVAIL_RING_OFFSET, size: 2 * n, align: 2 },
-        { name: "avail.used_event", offset: avail + AVAIL_RING_OFFSET + 2 * n, size: 2, align: 2 },
-      ],
-    },
-    {
-      ...{ name: "device area: used ring", offset: used, size: layout.deviceAreaEnd - used, align: USED_ALIGN, writer: "device" },
-      fields: [
-        { name: "used.flags", offset: used, size: 2, align: 2 },
-        { name: "used.idx", offset: used + 2, size: 2, align: 2 },
-        { name: `used.ring[${n}]`, offset: used + USED_RING_OFFSET, size: USED_ELEM_SIZE * n, align: 4 },
-        { name: "used.avail_event", offset: used + USED_RING_OFFSET + USED_ELEM_SIZE * n, size: 2, align: 2 },
-      ],
-    },
+    area("descriptor area: descriptor table", 0, avail, DESC_ALIGN, "driver", [
+      array("desc", "struct virtq_desc", 0, n, [
+        ["addr", "le64"],
+        ["len", "le32"],
+        ["flags", "le16"],
+        ["next", "le16"],
+      ]),
+    ]),
+    area("driver area: available ring", avail, used, AVAIL_ALIGN, "driver", [
+      scalar("avail.flags", "le16", avail),
+      scalar("avail.idx", "le16", avail + 2),
+      { ...scalar("avail.ring", "le16", availRing), count: n },
+      scalar("avail.used_event", "le16", availRing + 2 * n),
+    ]),
+    area("device area: used ring", used, layout.deviceAreaEnd, USED_ALIGN, "device", [
+      scalar("used.flags", "le16", used),
+      scalar("used.idx", "le16", used + 2),
+      array("used.ring", "struct virtq_used_elem", usedRing, n, [
+        ["id", "le32"],
+        ["len", "le32"],
+      ]),
+      scalar("used.avail_event", "le16", usedRing + USED_ELEM_SIZE * n),
+    ]),
     ...requestArea(layout),
   ];
 }
 
 function packedAreas(layout: VirtqueueLayout): LayoutArea[] {
-  const event = (who: "driver" | "device", offset: number): LayoutArea => ({
-    ...{ name: `${who} area: event suppression`, offset, size: EVENT_SUPPRESS_SIZE, align: EVENT_SUPPRESS_ALIGN, writer: who },
-    fields: [
-      { name: `${who}_event.desc`, offset, size: 2, align: 2 },
-      { name: `${who}_event.flags`, offset: offset + 2, size: 2, align: 2 },
-    ],
-  });
+  const driver = layout.driverAreaOffset;
+  const device = layout.deviceAreaOffset;
+  const suppression = (who: "driver" | "device", offset: number): LayoutArea =>
+    area(`${who} area: event suppression`, offset, offset + EVENT_SUPPRESS_SIZE, EVENT_SUPPRESS_ALIGN, who, [
+      scalar(`${who}_event.desc`, "le16", offset),
+      scalar(`${who}_event.flags`, "le16", offset + 2),
+    ]);
   return [
-    descriptorArea("descriptor ring", "both", layout.queueSize, ["addr", "len", "id", "flags"]),
-    event("driver", layout.driverAreaOffset),
-    event("device", layout.deviceAreaOffset),
+    area("descriptor area: descriptor ring", 0, driver, DESC_ALIGN, "both", [
+      array("desc", "struct pvirtq_desc", 0, layout.queueSize, [
+        ["addr", "le64"],
+        ["len", "le32"],
+        ["id", "le16"],
+        ["flags", "le16"],
+      ]),
+    ]),
+    suppression("driver", driver),
+    suppression("device", device),
     ...requestArea(layout),
   ];
 }
 
-function descriptorArea(name: string, writer: "driver" | "both", n: number, fields: readonly string[]): LayoutArea {
-  const offsets = [0, 8, 12, 14];
-  const sizes = [8, 4, 2, 2];
-  return {
-    ...{ name: `descriptor area: ${name}`, offset: 0, size: DESC_SIZE * n, align: DESC_ALIGN, writer },
-    fields: fields.map((field, i) => ({ name: `desc[0].${field}`, offset: offsets[i], size: sizes[i], align: sizes[i] })),
+function requestArea(layout: VirtqueueLayout): LayoutArea[] {
+  const { reqOffset, requestSize, requestAlign, queueSize } = layout;
+  if (requestSize === 0) return [];
+  const end = reqOffset + requestSize * queueSize;
+  const field = {
+    type: `u8[${requestSize}]`,
+    offset: reqOffset,
+    elementSize: requestSize,
+    count: queueSize,
+    align: requestAlign,
   };
+  return [area("request data", reqOffset, end, requestAlign, "both", [{ name: "request", ...field, members: [] }])];
 }
 
-function requestArea(layout: VirtqueueLayout): LayoutArea[] {
-  const { reqOffset: offset, requestSize, requestAlign: align, queueSize } = layout;
-  if (requestSize === 0) return [];
-  const fields = [0, 1, queueSize - 1]
-    .filter((i, k, all) => i < queueSize && all.indexOf(i) === k)
-    .map((i) => ({ name: `request[${i}]`, offset: offset + i * requestSize, size: requestSize, align }));
-  return [{ name: "per-request data", offset, size: requestSize * queueSize, align, writer: "both", fields }];
+function area(
+  name: string,
+  offset: number,
+  end: number,
+  align: number,
+  writer: Writer,
+  fields: readonly LayoutField[],
+): LayoutArea {
+  return { name, offset, size: end - offset, align, writer, fields };
+}
+
+function scalar(name: string, type: Scalar, offset: number): LayoutField {
+  const size = SCALAR_SIZES[type];
+  return { name, type, offset, elementSize: size, count: undefined, align: size, members: [] };
+}
+
+/** An array of structs whose members follow one another without holes. */
+function array(
+  name: string,
+  type: string,
+  offset: number,
+  count: number,
+  memberTypes: readonly (readonly [name: string, type: Scalar])[],
+): LayoutField {
+  const members: LayoutMember[] = [];
+  let elementSize = 0;
+  for (const [memberName, memberType] of memberTypes) {
+    const size = SCALAR_SIZES[memberType];
+    members.push({ name: memberName, type: memberType, offset: elementSize, size });
+    elementSize += size;
+  }
+  return { name, type, offset, elementSize, count, align: Math.max(...members.map((m) => m.size)), members };
 }
