@@ -1,0 +1,223 @@
+/** Lends buffers out of the memory that a device can reach, and grows when it is all lent. */
+
+import { checkInteger, rangeError, typeError, VirtioError } from "../errors.js";
+import type { MemoryRegion } from "./region.js";
+import { FreeRuns } from "./runs.js";
+
+/** Buffers begin at multiples of this. */
+const GRANULE_BYTES = 4096;
+
+/** The first region asked for. Untouched memory is free of cost, and regions are few, so ask for much. */
+const FIRST_GROWTH_BYTES = 64 * 2 ** 20;
+
+/** Regions double up to here; only a single buffer that is larger gets more. */
+const LARGEST_GROWTH_BYTES = 2 ** 30;
+
+const UPPER_HALF = 2 ** 32;
+const NO_BYTES = new Uint8Array(0);
+
+/**
+ * A buffer in memory that the device can reach, lent by a {@link BufferPool} until {@link DeviceBuffer.release}.
+ *
+ * `bytes` has length 0 from then on. A view that was kept from before still points at the memory, which may be lent
+ * to somebody else by then: do not keep one. While a request is in flight its driver retains the buffer, so that
+ * memory which the device may still write is never lent again, even if it is released.
+ */
+export class DeviceBuffer {
+  readonly #pool: BufferPool;
+  #bytes: Uint8Array;
+  #retained = 0;
+  #released = false;
+  /** Bytes, as asked for. */
+  readonly length: number;
+  /** Where it lies. */
+  readonly region: MemoryRegion;
+  /** The device's address of the first byte, lower 32 bits. No buffer of up to 4 GiB crosses a multiple of 4 GiB. */
+  readonly iovaLo: number;
+  /** The device's address, upper 32 bits. */
+  readonly iovaHi: number;
+
+  /** Made by the pool only. */
+  constructor(pool: BufferPool, region: MemoryRegion, iova: number, length: number) {
+    this.#pool = pool;
+    this.region = region;
+    this.length = length;
+    this.iovaLo = iova % UPPER_HALF >>> 0;
+    this.iovaHi = Math.floor(iova / UPPER_HALF);
+    this.#bytes = new Uint8Array(region.buffer, iova - region.iova, length);
+  }
+
+  /** The memory, not cleared; of length 0 once released. */
+  get bytes(): Uint8Array {
+    return this.#bytes;
+  }
+
+  /** Whether `release` was called. A driver refuses such a buffer. */
+  get released(): boolean {
+    return this.#released;
+  }
+
+  /**
+   * Give the buffer back to the pool: at once, or when it is no longer retained.
+   *
+   * @throws VirtioError ERR_VIRTIO_CLOSED when it was released already.
+   */
+  release(): void {
+    if (this.#released) throw alreadyReleased("release");
+    this.#released = true;
+    this.#bytes = NO_BYTES;
+    if (this.#retained === 0) takeBack(this.#pool, this);
+  }
+
+  /**
+   * Keep the memory from being lent again, because a device may read or write it. Counts.
+   *
+   * @throws VirtioError ERR_VIRTIO_CLOSED when it was released already.
+   */
+  retain(): void {
+    if (this.#released) throw alreadyReleased("retain");
+    this.#retained++;
+  }
+
+  /**
+   * Undo one {@link DeviceBuffer.retain}.
+   *
+   * @throws RangeError when there is none to undo.
+   */
+  unretain(): void {
+    if (this.#retained === 0) throw rangeError("unretain", "a buffer that is retained", this.#retained);
+    this.#retained--;
+    if (this.#retained === 0 && this.#released) takeBack(this.#pool, this);
+  }
+}
+
+/** The pool's half of a release, out of reach of others. Set by the class below. */
+let takeBack: (pool: BufferPool, buffer: DeviceBuffer) => void;
+
+/**
+ * Lends {@link DeviceBuffer}s in granules of 4096 bytes, lowest address first, neighbours joined when they return.
+ * When none fits it asks `grow` for one more region, at least as large as all before together, so that the regions
+ * stay few. The regions are not the pool's: who made them closes them.
+ */
+export class BufferPool {
+  readonly #grow: (size: number) => Promise<MemoryRegion>;
+  /** What is free of each region, as IOVAs; apart, because a buffer lies in one region even if two are adjacent. */
+  readonly #runs = new Map<MemoryRegion, FreeRuns>();
+  #growing: Promise<void> | undefined;
+  #lent = 0;
+  #closed = false;
+
+  static {
+    takeBack = (pool, buffer) => pool.#takeBack(buffer);
+  }
+
+  /** @param grow makes one more region of at least `size` bytes known to the device. */
+  constructor(grow: (size: number) => Promise<MemoryRegion>) {
+    if (typeof grow !== "function") throw typeError("grow", "a function", grow);
+    this.#grow = grow;
+  }
+
+  /** Bytes lent, in whole granules; what is released but retained counts. */
+  get lent(): number {
+    return this.#lent;
+  }
+
+  /** Bytes left to lend without growing, in whole granules. */
+  get free(): number {
+    let total = 0;
+    for (const runs of this.#runs.values()) total += runs.total;
+    return total;
+  }
+
+  /**
+   * Add a region, or the part [start, end) of one, to what can be lent. Only whole granules count.
+   *
+   * @throws RangeError when the part is not within the region, or overlaps memory that the pool has.
+   */
+  addRegion(region: MemoryRegion, start = 0, end: number = region.size): void {
+    this.#checkOpen();
+    checkInteger("start", start, 0, region.size);
+    checkInteger("end", end, start, region.size);
+    const from = region.iova + roundUp(start);
+    const to = region.iova + Math.floor(end / GRANULE_BYTES) * GRANULE_BYTES;
+    if (from >= to) return;
+    const runs = this.#runs.get(region) ?? new FreeRuns();
+    if (!runs.give(from, to)) throw rangeError("region", "memory that the pool does not have yet", region.iova);
+    this.#runs.set(region, runs);
+  }
+
+  /**
+   * Lend `length` bytes, growing when there is no room. What they hold is not cleared.
+   *
+   * @throws RangeError when `length` is not at least 1.
+   * @throws VirtioError ERR_VIRTIO_CLOSED after `close`; whatever `grow` throws.
+   */
+  async allocate(length: number): Promise<DeviceBuffer> {
+    for (;;) {
+      const buffer = this.tryAllocate(length);
+      if (buffer !== undefined) return buffer;
+      // Whoever comes while the pool grows waits for the same region, and looks again.
+      this.#growing ??= this.#growFor(roundUp(length)).finally(() => {
+        this.#growing = undefined;
+      });
+      await this.#growing;
+    }
+  }
+
+  /**
+   * Lend `length` bytes if there is room now.
+   *
+   * @throws RangeError when `length` is not at least 1.
+   * @throws VirtioError ERR_VIRTIO_CLOSED after `close`.
+   */
+  tryAllocate(length: number): DeviceBuffer | undefined {
+    this.#checkOpen();
+    const size = roundUp(checkInteger("length", length, 1));
+    for (const [region, runs] of this.#runs) {
+      const iova = runs.take(size, GRANULE_BYTES);
+      if (iova < 0) continue;
+      this.#lent += size;
+      return new DeviceBuffer(this, region, iova, length);
+    }
+    return undefined;
+  }
+
+  /** Lend nothing any more; what is lent can still be released. Idempotent. */
+  close(): void {
+    this.#closed = true;
+  }
+
+  async #growFor(size: number): Promise<void> {
+    let total = 0;
+    for (const region of this.#runs.keys()) total += region.size;
+    const wanted = Math.max(size, Math.min(Math.max(total, FIRST_GROWTH_BYTES), LARGEST_GROWTH_BYTES));
+    const region = await this.#grow(wanted);
+    if (region.size < size) {
+      throw new VirtioError(
+        "ERR_VIRTIO_MEMORY",
+        `the pool asked for a region of ${wanted} bytes and got ${region.size}, which cannot hold a buffer of ${size}; ` +
+          "allocate smaller buffers",
+      );
+    }
+    if (!this.#closed) this.addRegion(region);
+  }
+
+  #takeBack(buffer: DeviceBuffer): void {
+    const size = roundUp(buffer.length);
+    const iova = buffer.iovaHi * UPPER_HALF + buffer.iovaLo;
+    this.#runs.get(buffer.region)?.give(iova, iova + size);
+    this.#lent -= size;
+  }
+
+  #checkOpen(): void {
+    if (this.#closed) throw new VirtioError("ERR_VIRTIO_CLOSED", "the buffer pool is closed; open the device again");
+  }
+}
+
+function roundUp(length: number): number {
+  return Math.ceil(length / GRANULE_BYTES) * GRANULE_BYTES;
+}
+
+function alreadyReleased(what: string): VirtioError {
+  return new VirtioError("ERR_VIRTIO_CLOSED", `${what} of a device buffer that was released; allocate another`);
+}

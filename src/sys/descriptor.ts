@@ -1,0 +1,88 @@
+/** System calls on any descriptor, and the one on the process itself. */
+
+import { constants } from "node:os";
+import process from "node:process";
+import { checkInteger, rangeError, typeError } from "../errors.js";
+import { systemError } from "./errno.js";
+import { native } from "./native.js";
+
+/** Largest descriptor number there can be. */
+const MAX_FD = 0x7fff_ffff;
+
+/** Return `fd` when it can be a descriptor. */
+export function checkFd(name: string, fd: unknown): number {
+  return checkInteger(name, fd, 0, MAX_FD);
+}
+
+/**
+ * Close a descriptor.
+ *
+ * @throws VirtioError ERR_VIRTIO_SYSCALL when it is not open (EBADF).
+ */
+export function closeFd(fd: number): void {
+  const result = native().close(checkFd("fd", fd));
+  if (result < 0) throw systemError(result, "close", `closing descriptor ${fd}`);
+}
+
+/**
+ * Issue a device request. A `Uint8Array` is read and written in place; a number is passed by value.
+ *
+ * @param request the request's number, as in the kernel's headers.
+ * @returns what the request returns; 0 for most.
+ * @throws RangeError when the request's number says that the kernel takes more bytes than `argument` has.
+ * @throws VirtioError ERR_VIRTIO_SYSCALL or ERR_VIRTIO_PERMISSION when the kernel or device refuses.
+ */
+export function ioctl(fd: number, request: number, argument: number | Uint8Array = 0): number {
+  checkFd("fd", fd);
+  checkInteger("request", request, 0, 0xffff_ffff);
+  if (argument instanceof Uint8Array) {
+    // _IOC_SIZE of asm-generic/ioctl.h; 0 in old requests and in those whose struct carries its own size.
+    const size = (request >>> 16) & 0x3fff;
+    if (argument.length < size) {
+      throw rangeError("argument", `at least ${size} bytes for request 0x${request.toString(16)}`, argument.length);
+    }
+  } else if (typeof argument === "number") {
+    checkInteger("argument", argument, 0);
+  } else {
+    throw typeError("argument", "a number or a Uint8Array", argument);
+  }
+  const result = native().ioctl(fd, request, argument);
+  if (result < 0) throw systemError(result, "ioctl", `request 0x${request.toString(16)} on descriptor ${fd}`);
+  return result;
+}
+
+/** FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE; FALLOC_FL_KEEP_SIZE | FALLOC_FL_ZERO_RANGE; plain (linux/falloc.h). */
+const FALLOCATE_MODES = { punchHole: 0x01 | 0x02, zeroRange: 0x01 | 0x10, allocate: 0 } as const;
+
+/**
+ * Change how a range of a file is stored: give its blocks back and read zeroes (`punchHole`), read zeroes and
+ * keep the blocks (`zeroRange`), or make sure that there are blocks (`allocate`, which grows the file).
+ *
+ * @throws VirtioError ERR_VIRTIO_SYSCALL; errno EOPNOTSUPP when the file system cannot.
+ */
+export function fallocate(fd: number, mode: keyof typeof FALLOCATE_MODES, offset: number, length: number): void {
+  checkFd("fd", fd);
+  if (!Object.hasOwn(FALLOCATE_MODES, mode)) throw rangeError("mode", "punchHole, zeroRange or allocate", mode);
+  checkInteger("offset", offset, 0);
+  checkInteger("length", length, 1);
+  const result = native().fallocate(fd, FALLOCATE_MODES[mode], offset, length);
+  if (result < 0) {
+    throw systemError(result, "fallocate", `${mode} of ${length} bytes at ${offset} of descriptor ${fd}`);
+  }
+}
+
+/**
+ * Make the kernel kill this process when the thread that started it ends. A parent that died before this call is
+ * noticed by its id.
+ *
+ * @param parentPid the id of the process that started this one, handed over by it. Default: the parent at the
+ *   time of the call, which does not notice one that died before.
+ * @throws VirtioError ERR_VIRTIO_SYSCALL when the kernel refuses.
+ */
+export function dieWithParent(parentPid: number = process.ppid): void {
+  checkInteger("parentPid", parentPid, 0, MAX_FD);
+  const result = native().setParentDeathSignal(constants.signals.SIGKILL);
+  if (result < 0) throw systemError(result, "prctl", "asking to die with the parent");
+  // The signal is only sent for a death after prctl; process.ppid asks the kernel each time.
+  if (process.ppid !== parentPid) process.kill(process.pid, "SIGKILL");
+}

@@ -1,0 +1,17 @@
+/** What the kernel offers and Node.js does not: shared memory, event descriptors, descriptors over sockets. */
+
+export { closeFd, dieWithParent, fallocate, ioctl } from "./descriptor.js";
+export { errnoName } from "./errno.js";
+export { EventFd } from "./eventfd.js";
+export { type MapOptions, mapShared, unmapShared } from "./mapping.js";
+export { createMemfd, fileSize, HUGE_PAGE_BYTES, type HugePageSize, MemfdSeal, memfdSeals } from "./memfd.js";
+export {
+  acceptUnix,
+  connectUnix,
+  listenUnix,
+  MAX_MESSAGE_FDS,
+  receiveMessage,
+  sendMessage,
+  socketPair,
+} from "./socket.js";
+export { FdWatcher } from "./watcher.js";

@@ -1,0 +1,69 @@
+/** Memory shared with another process or a device, mapped as the memory of an ArrayBuffer. */
+
+import { constants } from "node:buffer";
+import { checkInteger, checkOptions, rangeError, typeError } from "../errors.js";
+import { errno, systemError } from "./errno.js";
+import { fileStat, HUGE_PAGE_BYTES } from "./memfd.js";
+import { native } from "./native.js";
+
+const PAGE_BYTES = 4096;
+
+/** How {@link mapShared} maps. */
+export interface MapOptions {
+  /** Where in the file the mapping begins, in bytes; a multiple of the page. Default 0. */
+  readonly offset?: number;
+  /** The mapping's address is a multiple of this power of two. Default: 2 MiB for 2 MiB and more, else a page. */
+  readonly align?: number;
+  /** Whether it may be written. Writing to a mapping that may not kills the process (SIGSEGV). Default true. */
+  readonly writable?: boolean;
+}
+
+/**
+ * Map `length` bytes of a file or device into this process (mmap with MAP_SHARED).
+ *
+ * The mapping lives until {@link unmapShared}, or until the ArrayBuffer is collected. It reaches to the end of
+ * a regular file at most; a file that somebody can shrink (see `memfdSeals`) can still fail later, and then the
+ * kernel kills the process (SIGBUS).
+ *
+ * @throws RangeError when the range is not within the file, or longer than an ArrayBuffer can be.
+ * @throws VirtioError ERR_VIRTIO_SYSCALL (errno ENOMEM: no memory or no huge pages; ENODEV: cannot be mapped),
+ *   ERR_VIRTIO_PERMISSION when the descriptor is not open for this.
+ */
+export function mapShared(fd: number, length: number, options: MapOptions = {}): ArrayBuffer {
+  checkOptions("options", options, ["offset", "align", "writable"]);
+  checkInteger("length", length, 1, constants.MAX_LENGTH);
+  const huge = HUGE_PAGE_BYTES["2M"];
+  const { offset = 0, align = length >= huge ? huge : PAGE_BYTES, writable = true } = options;
+  checkInteger("offset", offset, 0);
+  if (offset % PAGE_BYTES !== 0) throw rangeError("offset", `a multiple of ${PAGE_BYTES}`, offset);
+  checkInteger("align", align, 1, 2 ** 40);
+  if (!Number.isInteger(Math.log2(align))) throw rangeError("align", "a power of two", align);
+  if (typeof writable !== "boolean") throw typeError("writable", "a boolean", writable);
+  const { size, blockSize, isFile } = fileStat(fd);
+  if (isFile && offset + length > size) {
+    throw rangeError("length", `at most ${Math.max(0, size - offset)} (the file has ${size} bytes)`, length);
+  }
+  // A file on huge pages is mapped in whole ones.
+  const granule = isFile && blockSize >= huge ? blockSize : PAGE_BYTES;
+  const span = Math.ceil(length / granule) * granule;
+  const result = native().mmap(fd, length, span, offset, Math.max(align, granule), writable);
+  if (typeof result === "number") {
+    throw systemError(result, "mmap", `mapping ${length} bytes at ${offset} of descriptor ${fd}`);
+  }
+  return result;
+}
+
+/**
+ * Unmap what {@link mapShared} mapped. The ArrayBuffer is detached: every view of it has length 0 afterwards.
+ * Nothing may still use its memory outside of JavaScript's sight, such as a file read in progress.
+ *
+ * @throws VirtioError ERR_VIRTIO_SYSCALL (errno EINVAL) when the buffer is not a mapping, or was unmapped already.
+ */
+export function unmapShared(buffer: ArrayBuffer): void {
+  if (!(buffer instanceof ArrayBuffer)) throw typeError("buffer", "an ArrayBuffer of mapShared", buffer);
+  const result = native().munmap(buffer);
+  if (result === -errno.EINVAL) {
+    throw systemError(result, "munmap", "unmapping a buffer", "it is not of mapShared, or was unmapped already");
+  }
+  if (result < 0) throw systemError(result, "munmap", `unmapping ${buffer.byteLength} bytes`);
+}
