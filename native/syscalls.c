@@ -42,7 +42,7 @@ enum { MAX_FDS = 32 };
  * libuv's poll handle, declared by hand so that building needs no uv.h. The handle stays opaque: its size is asked
  * for at run time. The type number is checked against its name when the module loads (libuv 1.x never changed it).
  */
-enum { UV_POLL_TYPE = 8, UV_READABLE_EVENT = 1 };
+enum { UV_POLL_TYPE = 8, UV_READABLE_EVENT = 1, UV_WRITABLE_EVENT = 2 };
 typedef void (*uv_poll_callback)(void *handle, int status, int events);
 extern const char *uv_handle_type_name(int type);
 extern size_t uv_handle_size(int type);
@@ -298,6 +298,7 @@ struct watcher {
   void *poll;
   int fd;
   int owners;
+  int events;
   bool drains;
   bool closing;
   napi_ref callback;
@@ -336,7 +337,7 @@ static void on_environment_end(napi_async_cleanup_hook_handle hook, void *data) 
   close_watcher(data);
 }
 
-static void on_readable(void *poll, int status, int events) {
+static void on_ready(void *poll, int status, int events) {
   (void)events;
   struct watcher *watcher = uv_handle_get_data(poll);
   napi_env env = watcher->env;
@@ -353,10 +354,10 @@ static void on_readable(void *poll, int status, int events) {
   }
   napi_close_handle_scope(env, scope);
   /* libuv stops a watch that met POLLERR; go on, so that the watch stays level-triggered until it is closed. */
-  if (status < 0 && !watcher->closing) uv_poll_start(poll, UV_READABLE_EVENT, on_readable);
+  if (status < 0 && !watcher->closing) uv_poll_start(poll, watcher->events, on_ready);
 }
 
-/* watch(fd, drains, callback): handle, or -errno */
+/* watch(fd, drains, writable, callback): handle, or -errno */
 static napi_value watch_(napi_env env, napi_callback_info info) {
   napi_value args[MAX_ARGS], handle = NULL, name;
   get_args(env, info, args);
@@ -379,7 +380,10 @@ static napi_value watch_(napi_env env, napi_callback_info info) {
   watcher->poll = poll;
   watcher->fd = fd;
   watcher->owners = 1;
+  bool writable = false;
   napi_get_value_bool(env, args[1], &watcher->drains);
+  napi_get_value_bool(env, args[2], &writable);
+  watcher->events = writable ? UV_WRITABLE_EVENT : UV_READABLE_EVENT;
 
   if (napi_create_reference(env, args[2], 1, &watcher->callback) != napi_ok ||
       napi_create_string_utf8(env, "VirtioFdWatcher", NAPI_AUTO_LENGTH, &name) != napi_ok ||
@@ -390,7 +394,7 @@ static napi_value watch_(napi_env env, napi_callback_info info) {
     return from_long(env, -EINVAL);
   }
   watcher->owners = 2;
-  problem = uv_poll_start(poll, UV_READABLE_EVENT, on_readable);
+  problem = uv_poll_start(poll, watcher->events, on_ready);
   if (problem != 0) {
     close_watcher(watcher);
     return from_long(env, problem);

@@ -30,7 +30,7 @@ export interface NativeBinding {
   eventfd(): number;
   signal(fd: number): number | undefined;
   drain(fd: number): number;
-  watch(fd: number, drains: boolean, callback: () => void): NativeWatch | number;
+  watch(fd: number, drains: boolean, writable: boolean, callback: () => void): NativeWatch | number;
   watchRef(watch: NativeWatch): void;
   watchUnref(watch: NativeWatch): void;
   watchClose(watch: NativeWatch): void;

@@ -1,4 +1,4 @@
-/** Wakes JavaScript when a descriptor becomes readable, on the event loop of this thread. */
+/** Wakes JavaScript when a descriptor becomes readable or writable, on the event loop of this thread. */
 
 import { checkOptions, typeError } from "../errors.js";
 import { checkFd } from "./descriptor.js";
@@ -18,15 +18,18 @@ export class FdWatcher {
 
   /**
    * @param options.drain read 8 bytes (the counter of an eventfd) before each callback, without ever waiting.
+   * @param options.writable wait until the descriptor can be written instead of read. Default false.
    * @throws VirtioError ERR_VIRTIO_SYSCALL when it is not open (EBADF) or cannot be watched, as a regular file (EPERM:
    *   ERR_VIRTIO_PERMISSION).
    */
-  constructor(fd: number, options: { drain: boolean }, onReadable: () => void) {
+  constructor(fd: number, options: { drain: boolean; writable?: boolean }, onReady: () => void) {
     checkFd("fd", fd);
-    checkOptions("options", options, ["drain"]);
+    checkOptions("options", options, ["drain", "writable"]);
     if (typeof options.drain !== "boolean") throw typeError("drain", "a boolean", options.drain);
-    if (typeof onReadable !== "function") throw typeError("onReadable", "a function", onReadable);
-    const result = native().watch(fd, options.drain, onReadable);
+    const { drain, writable = false } = options;
+    if (typeof writable !== "boolean") throw typeError("writable", "a boolean", writable);
+    if (typeof onReady !== "function") throw typeError("onReady", "a function", onReady);
+    const result = native().watch(fd, drain, writable, onReady);
     if (typeof result === "number") {
       const advice = result === -errno.EPERM ? "regular files cannot be watched" : undefined;
       throw systemError(result, "epoll_ctl", `watching descriptor ${fd}`, advice);
