@@ -1,0 +1,147 @@
+/** What is agreed on when the connection begins: which features, which messages, how many queues and regions. */
+
+import { VirtioError } from "../../errors.js";
+import {
+  u64Codec,
+  VHOST_F_LOG_ALL,
+  VHOST_USER_F_PROTOCOL_FEATURES,
+  VHOST_USER_MAX_QUEUES,
+  VHOST_USER_MAX_REGIONS,
+  VhostUserProtocolFeature,
+  VhostUserRequest,
+} from "../../protocol/vhost-user.js";
+import { closeFd, socketPair } from "../../sys/index.js";
+import { VirtioFeature } from "../../virtqueue/features.js";
+import { BackChannel } from "./back-channel.js";
+import type { RequestChannel } from "./channel.js";
+import { U64_REPLY } from "./channel.js";
+
+/** The protocol features that are implemented here; no other is ever accepted. */
+const PROTOCOL_FEATURES =
+  VhostUserProtocolFeature.MQ |
+  VhostUserProtocolFeature.REPLY_ACK |
+  VhostUserProtocolFeature.BACKEND_REQ |
+  VhostUserProtocolFeature.CONFIG |
+  VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS;
+
+/** Bits `from` to `to`, both included. */
+function bits(from: bigint, to: bigint): bigint {
+  return (1n << (to + 1n)) - (1n << from);
+}
+
+/**
+ * The virtio features that this transport can carry: those of the device type (virtio 1.3, clause 2.2: bits 0
+ * to 23 and 50 up), which the device class has chosen, and these of the rings. Not ACCESS_PLATFORM: it would
+ * turn every address into one that the back-end looks up by IOTLB messages. Not ORDER_PLATFORM: there are no
+ * barriers for hardware in JavaScript. Not NOTIFICATION_DATA, NOTIF_CONFIG_DATA, RING_RESET: an eventfd
+ * carries no data, and the protocol resets no single queue.
+ */
+const CARRIED_FEATURES =
+  bits(0n, 23n) |
+  bits(50n, 63n) |
+  VirtioFeature.INDIRECT_DESC |
+  VirtioFeature.EVENT_IDX |
+  VirtioFeature.VERSION_1 |
+  VirtioFeature.RING_PACKED |
+  VirtioFeature.IN_ORDER;
+
+/** More regions than anybody makes; a larger answer to `GET_MAX_MEM_SLOTS` says no more. */
+const ENOUGH_REGIONS = 0xffff;
+
+/** What the first messages of a connection tell. */
+export interface Introduction {
+  /** Virtio features, without the two bits that belong to the protocol. */
+  readonly offeredFeatures: bigint;
+  /** Whether bit 30 was offered, and so is accepted. */
+  readonly hasProtocolFeatures: boolean;
+  /** Protocol features in force. */
+  readonly protocolFeatures: bigint;
+  /** Queues of the device. */
+  readonly maxQueues: number;
+  /** Memory regions at the same time. */
+  readonly maxRegions: number;
+  /** The channel on which the back-end asks, when it wanted one. */
+  readonly backChannel: BackChannel | undefined;
+}
+
+/**
+ * Begin the conversation: owner, features, protocol features and what hangs on them. Three round trips.
+ *
+ * @throws VirtioError ERR_VIRTIO_PROTOCOL when an answer makes no sense.
+ */
+export async function introduce(channel: RequestChannel, peer: string): Promise<Introduction> {
+  channel.post({ request: VhostUserRequest.SET_OWNER });
+  const offered = await channel.call({ request: VhostUserRequest.GET_FEATURES }, U64_REPLY);
+  const offeredFeatures = offered & ~(VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL);
+  if ((offered & VHOST_USER_F_PROTOCOL_FEATURES) === 0n) {
+    return {
+      offeredFeatures,
+      hasProtocolFeatures: false,
+      protocolFeatures: 0n,
+      maxQueues: 1,
+      maxRegions: VHOST_USER_MAX_REGIONS,
+      backChannel: undefined,
+    };
+  }
+
+  const protocolFeatures = chooseProtocolFeatures(
+    await channel.call({ request: VhostUserRequest.GET_PROTOCOL_FEATURES }, U64_REPLY),
+  );
+  const has = (feature: bigint) => (protocolFeatures & feature) !== 0n;
+  channel.post({ request: VhostUserRequest.SET_PROTOCOL_FEATURES, payload: u64Codec.encode(protocolFeatures) });
+  // REPLY_ACK is in force from here on: the acknowledgement of the message that agrees on it may not be relied on.
+  channel.acknowledges = has(VhostUserProtocolFeature.REPLY_ACK);
+  const [maxQueues, maxRegions, backChannel] = await Promise.all([
+    has(VhostUserProtocolFeature.MQ)
+      ? count(channel, VhostUserRequest.GET_QUEUE_NUM, "queues", VHOST_USER_MAX_QUEUES)
+      : 1,
+    has(VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS)
+      ? count(channel, VhostUserRequest.GET_MAX_MEM_SLOTS, "memory slots", ENOUGH_REGIONS)
+      : VHOST_USER_MAX_REGIONS,
+    has(VhostUserProtocolFeature.BACKEND_REQ) ? openBackChannel(channel, peer) : undefined,
+  ]);
+  return { offeredFeatures, hasProtocolFeatures: true, protocolFeatures, maxQueues, maxRegions, backChannel };
+}
+
+/**
+ * The features to accept of those that a driver wants.
+ *
+ * @throws VirtioError ERR_VIRTIO_FEATURES when the device does not offer VERSION_1.
+ */
+export function chooseFeatures(offered: bigint, wanted: bigint, peer: string): bigint {
+  if ((offered & VirtioFeature.VERSION_1) === 0n) {
+    throw new VirtioError(
+      "ERR_VIRTIO_FEATURES",
+      `${peer} offers features 0x${offered.toString(16)} without VERSION_1; ` +
+        "legacy devices are not supported, configure it as a modern one",
+    );
+  }
+  return (wanted | VirtioFeature.VERSION_1) & offered & CARRIED_FEATURES;
+}
+
+function chooseProtocolFeatures(offered: bigint): bigint {
+  const accepted = offered & PROTOCOL_FEATURES;
+  // Config changes are all that the back-channel is for, and they belong to CONFIG.
+  const useful = (accepted & VhostUserProtocolFeature.CONFIG) !== 0n;
+  return useful ? accepted : accepted & ~VhostUserProtocolFeature.BACKEND_REQ;
+}
+
+async function count(channel: RequestChannel, request: number, what: string, most: number): Promise<number> {
+  const value = await channel.call({ request }, U64_REPLY);
+  if (value === 0n) throw new VirtioError("ERR_VIRTIO_PROTOCOL", `the back-end says that it has 0 ${what}`);
+  return value > BigInt(most) ? most : Number(value);
+}
+
+async function openBackChannel(channel: RequestChannel, peer: string): Promise<BackChannel> {
+  const [ours, theirs] = socketPair();
+  const backChannel = new BackChannel(ours, peer, channel.acknowledges);
+  try {
+    await channel.confirm([{ request: VhostUserRequest.SET_BACKEND_REQ_FD, fds: [theirs] }]);
+    return backChannel;
+  } catch (error) {
+    backChannel.close();
+    throw error;
+  } finally {
+    closeFd(theirs);
+  }
+}

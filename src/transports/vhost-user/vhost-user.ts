@@ -1,0 +1,407 @@
+/** The vhost-user front-end: drives a device that another process serves on a Unix socket. */
+
+import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../../errors.js";
+import type { MemoryRegion } from "../../memory/index.js";
+import {
+  configCodec,
+  u64Codec,
+  VHOST_USER_F_PROTOCOL_FEATURES,
+  VHOST_USER_MAX_CONFIG_SIZE,
+  VhostUserProtocolFeature,
+  VhostUserRequest,
+} from "../../protocol/vhost-user.js";
+import { connectUnix } from "../../sys/index.js";
+import { VIRTQUEUE_MAX_SIZE } from "../../virtqueue/defs.js";
+import { VirtioFeature } from "../../virtqueue/features.js";
+import type { QueueNotifier, QueueSetup, VirtioTransport, WaitOptions } from "../transport.js";
+import { configReply, RequestChannel } from "./channel.js";
+import { VhostUserMemory } from "./memory.js";
+import type { Introduction } from "./negotiation.js";
+import { chooseFeatures, introduce } from "./negotiation.js";
+import { checkQueues, VhostUserQueues } from "./queues.js";
+import { checkWait, DEFAULT_TIMEOUT, Serial, Waits } from "./wait.js";
+
+/** Where a back-end is reached: the path of its socket, or a connected descriptor, which is owned from then on. */
+export type VhostUserTarget = string | { readonly path: string } | { readonly fd: number };
+
+/** Options of {@link VhostUser.connect}. */
+export interface VhostUserOptions extends WaitOptions {
+  /** Milliseconds that this and every later operation waits at most, unless it says otherwise. Default 10000. */
+  readonly timeout?: number;
+}
+
+const U32_MAX = 0xffff_ffff;
+const U64_MAX = 0xffff_ffff_ffff_ffffn;
+
+/**
+ * A connection to a vhost-user back-end (QEMU `docs/interop/vhost-user.rst`, the front-end's part).
+ *
+ * Messages are asynchronous and strictly in order. Every wait is bounded by `timeout` and an AbortSignal.
+ * Giving up a wait leaves the connection alone: the late reply is consumed, and what the operation did is
+ * undone as soon as it ends. A wrong reply closes the connection, and with it everything that waits.
+ * A connection that nobody waits for does not keep the process alive.
+ *
+ * @example
+ * ```ts
+ * import { VhostUser, VirtioFeature } from "virtio-driver";
+ *
+ * async function sizeInSectors(path: string): Promise<bigint> {
+ *   const device = await VhostUser.connect(path, { timeout: 2000 });
+ *   try {
+ *     await device.negotiate(VirtioFeature.VERSION_1);
+ *     const config = await device.readConfig(0, 8);
+ *     return new DataView(config.buffer).getBigUint64(0, true);
+ *   } finally {
+ *     await device.close();
+ *   }
+ * }
+ * console.log(typeof sizeInSectors); // "function"
+ * ```
+ */
+export class VhostUser implements VirtioTransport {
+  readonly address: string;
+  readonly deviceType = undefined;
+  readonly offeredFeatures: bigint;
+  /** Protocol features in force, masks of `VhostUserProtocolFeature`. */
+  readonly protocolFeatures: bigint;
+  readonly maxQueues: number;
+  readonly maxQueueSize = VIRTQUEUE_MAX_SIZE;
+  readonly maxRegions: number;
+  readonly hasConfig: boolean;
+  onConfigChange: (() => void) | undefined;
+
+  readonly #peer: string;
+  readonly #timeout: number;
+  readonly #channel: RequestChannel;
+  readonly #waits: Waits;
+  readonly #introduction: Introduction;
+  readonly #memory: VhostUserMemory;
+  readonly #queues: VhostUserQueues;
+  /** Changes of memory and queues, one after the other. */
+  readonly #changes = new Serial();
+  #features = 0n;
+  #negotiation: "open" | "begun" | "done" = "open";
+  /** Why the device can no longer be used. */
+  #ended: VirtioError | undefined;
+  #onLost: ((error: Error) => void) | undefined;
+  #told = false;
+  #closing: Promise<void> | undefined;
+
+  /**
+   * Connect to a back-end and ask what it has: up to four round trips.
+   *
+   * @throws VirtioError ERR_VIRTIO_CONNECT or ERR_VIRTIO_PERMISSION when there is no way to the socket,
+   *   ERR_VIRTIO_TIMEOUT when the back-end does not answer in time, ERR_VIRTIO_DISCONNECTED when it hangs up,
+   *   ERR_VIRTIO_PROTOCOL when it answers wrongly, ERR_VIRTIO_REJECTED when it refuses a message;
+   *   `signal.reason` when aborted; TypeError or RangeError for a wrong argument.
+   */
+  static async connect(target: VhostUserTarget, options: VhostUserOptions = {}): Promise<VhostUser> {
+    const where = checkTarget(target);
+    const { timeout, signal } = checkWait(options, DEFAULT_TIMEOUT);
+    signal?.throwIfAborted();
+    const peer = `the back-end at ${"path" in where ? where.path : `descriptor ${where.fd}`}`;
+    const channel = new RequestChannel("path" in where ? connectUnix(where.path) : where.fd, peer);
+    try {
+      const waits = new Waits(timeout, () => channel.waitingFor);
+      const introduction = await waits.during(() => introduce(channel, peer), options);
+      return new VhostUser(where, peer, timeout, channel, waits, introduction);
+    } catch (error) {
+      channel.close(new VirtioError("ERR_VIRTIO_CLOSED", "the connection was given up", { cause: error }));
+      throw error;
+    }
+  }
+
+  private constructor(
+    where: { path: string } | { fd: number },
+    peer: string,
+    timeout: number,
+    channel: RequestChannel,
+    waits: Waits,
+    introduction: Introduction,
+  ) {
+    this.address = "path" in where ? `vhost-user:${where.path}` : `vhost-user:descriptor ${where.fd}`;
+    this.offeredFeatures = introduction.offeredFeatures;
+    this.protocolFeatures = introduction.protocolFeatures;
+    this.maxQueues = introduction.maxQueues;
+    this.maxRegions = introduction.maxRegions;
+    this.hasConfig = this.#has(VhostUserProtocolFeature.CONFIG);
+    this.#peer = peer;
+    this.#timeout = timeout;
+    this.#channel = channel;
+    this.#waits = waits;
+    this.#introduction = introduction;
+    this.#memory = new VhostUserMemory(
+      channel,
+      this.#has(VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS),
+      this.maxRegions,
+    );
+    this.#queues = new VhostUserQueues(channel, introduction.hasProtocolFeatures, (index) => this.#queueBroke(index));
+    channel.onBroken = (error) => this.#end(error);
+    const { backChannel } = introduction;
+    if (backChannel !== undefined) {
+      backChannel.onBroken = (error) => this.#end(error);
+      backChannel.onConfigChange = () => this.onConfigChange?.();
+    }
+    if (channel.ended !== undefined) this.#end(channel.ended);
+  }
+
+  /** Features in force; 0 before `negotiate`. */
+  get features(): bigint {
+    return this.#features;
+  }
+
+  /** Called once when the device is gone; at once when it already is. */
+  get onLost(): ((error: Error) => void) | undefined {
+    return this.#onLost;
+  }
+
+  set onLost(callback: ((error: Error) => void) | undefined) {
+    this.#onLost = callback;
+    this.#tellLost();
+  }
+
+  /**
+   * Accept those of the `wanted` features that are offered and that vhost-user can carry; VERSION_1 always.
+   * Once per connection, also when it fails.
+   *
+   * @throws VirtioError ERR_VIRTIO_FEATURES when VERSION_1 is not offered, ERR_VIRTIO_REJECTED when the
+   *   back-end refuses the set, ERR_VIRTIO_STATUS the second time.
+   */
+  async negotiate(wanted: bigint, options?: WaitOptions): Promise<bigint> {
+    if (typeof wanted !== "bigint") throw typeError("wanted", "a bigint", wanted);
+    if (wanted < 0n || wanted > U64_MAX) throw rangeError("wanted", "64 feature bits at most", wanted);
+    this.#checkUsable();
+    if (this.#negotiation !== "open") throw this.#wrongOrder("features can be negotiated once; connect again");
+    const features = chooseFeatures(this.offeredFeatures, wanted, this.#peer);
+    // Bit 30 is the protocol's. Left out, the back-end would enable every queue at once and take no
+    // SET_VRING_ENABLE any more.
+    const bits = this.#introduction.hasProtocolFeatures ? features | VHOST_USER_F_PROTOCOL_FEATURES : features;
+    await this.#waits.during(async () => {
+      this.#negotiation = "begun";
+      await this.#channel.confirm([{ request: VhostUserRequest.SET_FEATURES, payload: u64Codec.encode(bits) }]);
+      this.#negotiation = "done";
+      this.#features = features;
+    }, options);
+    return features;
+  }
+
+  /**
+   * Read 1 to 256 bytes of the config space by one message, which is what makes them consistent.
+   *
+   * @throws VirtioError ERR_VIRTIO_CONFIG when there is no config space, or it ends before `offset + length`.
+   */
+  async readConfig(offset: number, length: number, options?: WaitOptions): Promise<Uint8Array> {
+    checkConfigRange(offset, length);
+    this.#checkConfig();
+    const payload = configCodec.encode({ offset, flags: 0, data: new Uint8Array(length) });
+    const message = { request: VhostUserRequest.GET_CONFIG, payload };
+    const bytes = await this.#waits.during(() => this.#channel.call(message, configReply(offset, length)), options);
+    if (bytes !== undefined) return bytes;
+    throw new VirtioError(
+      "ERR_VIRTIO_CONFIG",
+      `${this.#peer} refused to read ${length} bytes of config space at ${offset}; ` +
+        "it is probably shorter, read only the fields that the offered features imply",
+    );
+  }
+
+  /**
+   * Write 1 to 256 bytes of the config space.
+   *
+   * @throws VirtioError ERR_VIRTIO_CONFIG when there is no config space, ERR_VIRTIO_REJECTED when the
+   *   back-end refuses (known only with REPLY_ACK), ERR_VIRTIO_STATUS before `negotiate`.
+   */
+  async writeConfig(offset: number, bytes: Uint8Array, options?: WaitOptions): Promise<void> {
+    if (!(bytes instanceof Uint8Array)) throw typeError("bytes", "a Uint8Array", bytes);
+    checkConfigRange(offset, bytes.length);
+    this.#checkConfig();
+    this.#checkNegotiated();
+    const message = {
+      request: VhostUserRequest.SET_CONFIG,
+      payload: configCodec.encode({ offset, flags: 0, data: bytes }),
+    };
+    await this.#waits.during(() => this.#channel.confirm([message]), options);
+  }
+
+  /**
+   * Make memory that the back-end can reach: a sealed memfd at an address of our choice. When a back-end has
+   * no CONFIGURE_MEM_SLOTS, a new region makes it map all of them again, under the hands of requests in
+   * flight; so map everything before `startQueues` there.
+   *
+   * @throws VirtioError ERR_VIRTIO_MEMORY when no region is left, or the queues run and all regions would be
+   *   mapped again; ERR_VIRTIO_REJECTED when the back-end refuses.
+   */
+  async mapMemory(size: number, options?: WaitOptions): Promise<MemoryRegion> {
+    checkInteger("size", size, 1);
+    return this.#change(
+      () => {
+        this.#checkMemoryChange();
+        return this.#memory.map(size);
+      },
+      options,
+      (region) => this.#memory.unmap(region),
+    );
+  }
+
+  /**
+   * Withdraw memory from the back-end, then free it.
+   *
+   * @throws RangeError when it is not memory of this transport; VirtioError as for `mapMemory`.
+   */
+  async unmapMemory(region: MemoryRegion, options?: WaitOptions): Promise<void> {
+    await this.#change(() => {
+      this.#checkMemoryChange();
+      return this.#memory.unmap(region);
+    }, options);
+  }
+
+  /**
+   * Configure and start all queues, each with its size, from the beginning of its rings; every queue gets
+   * one kick when all are enabled. The memory of the rings must be as a new queue's.
+   *
+   * @throws VirtioError ERR_VIRTIO_QUEUES for a queue that the device does not have, ERR_VIRTIO_REJECTED when
+   *   the back-end refuses a message (nothing runs then), ERR_VIRTIO_STATUS before `negotiate` or when
+   *   queues run; RangeError for a wrong size or address.
+   */
+  async startQueues(queues: readonly QueueSetup[], options?: WaitOptions): Promise<QueueNotifier[]> {
+    return this.#change<QueueNotifier[]>(
+      () => {
+        this.#checkNegotiated();
+        if (this.#queues.running) throw this.#wrongOrder("the queues run already; stop them first");
+        const packed = (this.#features & VirtioFeature.RING_PACKED) !== 0n;
+        checkQueues(queues, { maxQueues: this.maxQueues, packed, memory: this.#memory });
+        return this.#queues.start(queues, packed);
+      },
+      options,
+      () => this.#queues.stop(),
+    );
+  }
+
+  /**
+   * Stop all queues and wait until the back-end has let go of their memory. Their notifiers are closed: end
+   * every watch of a `completion` first. They may be started again, with fresh rings.
+   */
+  async stopQueues(options?: WaitOptions): Promise<void> {
+    await this.#change(() => this.#queues.stop(), options);
+  }
+
+  close(): Promise<void> {
+    this.#closing ??= this.#shutDown();
+    return this.#closing;
+  }
+
+  /** The same as `close`. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  async #shutDown(): Promise<void> {
+    const closed = new VirtioError("ERR_VIRTIO_CLOSED", `the connection to ${this.#peer} was closed; connect again`);
+    this.#waits.endAll(closed);
+    if (this.#ended === undefined) {
+      const retreat = async () => {
+        await this.#queues.stop();
+        await this.#memory.withdraw();
+      };
+      // A peer that does not answer, or not rightly, has had its chance: closing the connection withdraws all.
+      await this.#waits.during(() => this.#changes.run(retreat), { timeout: this.#timeout }).catch(() => undefined);
+    }
+    this.#end(closed);
+    this.#queues.close();
+    this.#memory.close();
+  }
+
+  /** Run a change of memory or queues after those before it; `undo` it when it ends after the wait for it. */
+  #change<T>(job: () => Promise<T>, options: WaitOptions = {}, undo?: (value: T) => Promise<unknown>): Promise<T> {
+    const start = () => {
+      this.#checkUsable();
+      return this.#changes.run(async () => {
+        this.#checkUsable();
+        return job();
+      });
+    };
+    return this.#waits.during(start, options, (value) => {
+      if (undo === undefined) return;
+      // Nobody waits any more. If this fails, the connection is broken, which onLost tells, or the region
+      // stays until close.
+      this.#changes.run(() => undo(value)).catch(() => undefined);
+    });
+  }
+
+  #has(feature: bigint): boolean {
+    return (this.protocolFeatures & feature) !== 0n;
+  }
+
+  #queueBroke(index: number): void {
+    this.#end(
+      new VirtioError(
+        "ERR_VIRTIO_QUEUE_BROKEN",
+        `${this.#peer} signalled an error on queue ${index} and serves it no more; see its log, then connect again`,
+      ),
+    );
+  }
+
+  #end(error: VirtioError): void {
+    if (this.#ended !== undefined) return;
+    this.#ended = error;
+    this.#channel.close(error);
+    this.#introduction.backChannel?.close();
+    this.#waits.endAll(error);
+    this.#tellLost();
+  }
+
+  #tellLost(): void {
+    const callback = this.#onLost;
+    const error = this.#ended;
+    if (callback === undefined || error === undefined || this.#told) return;
+    this.#told = true;
+    queueMicrotask(() => callback(error));
+  }
+
+  #checkUsable(): void {
+    if (this.#closing !== undefined) {
+      throw new VirtioError("ERR_VIRTIO_CLOSED", `the connection to ${this.#peer} is closed; connect again`);
+    }
+    if (this.#ended !== undefined) throw this.#ended;
+  }
+
+  #checkNegotiated(): void {
+    if (this.#negotiation !== "done") throw this.#wrongOrder("features are not negotiated; call negotiate first");
+  }
+
+  #checkConfig(): void {
+    this.#checkUsable();
+    if (this.hasConfig) return;
+    throw new VirtioError(
+      "ERR_VIRTIO_CONFIG",
+      `${this.#peer} does not offer the protocol feature CONFIG, so its config space cannot be reached; ` +
+        "say the values yourself, or use a back-end that has it",
+    );
+  }
+
+  #checkMemoryChange(): void {
+    if (!this.#queues.running || !this.#memory.replacesAll) return;
+    throw new VirtioError(
+      "ERR_VIRTIO_MEMORY",
+      `${this.#peer} does not offer CONFIGURE_MEM_SLOTS and would map all memory again while queues use it; ` +
+        "map everything before the queues start",
+    );
+  }
+
+  #wrongOrder(message: string): VirtioError {
+    return new VirtioError("ERR_VIRTIO_STATUS", message);
+  }
+}
+
+function checkTarget(target: VhostUserTarget): { path: string } | { fd: number } {
+  if (typeof target === "string") return { path: target };
+  if (typeof target !== "object" || target === null) throw typeError("target", "a path or { path } or { fd }", target);
+  checkOptions("target", target, ["path" in target ? "path" : "fd"]);
+  if (!("path" in target)) return { fd: checkInteger("fd", target.fd, 0) };
+  if (typeof target.path !== "string") throw typeError("path", "a string", target.path);
+  return { path: target.path };
+}
+
+function checkConfigRange(offset: number, length: number): void {
+  checkInteger("length", length, 1, VHOST_USER_MAX_CONFIG_SIZE);
+  checkInteger("offset", offset, 0, U32_MAX - length);
+}
