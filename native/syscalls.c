@@ -385,7 +385,7 @@ static napi_value watch_(napi_env env, napi_callback_info info) {
   napi_get_value_bool(env, args[2], &writable);
   watcher->events = writable ? UV_WRITABLE_EVENT : UV_READABLE_EVENT;
 
-  if (napi_create_reference(env, args[2], 1, &watcher->callback) != napi_ok ||
+  if (napi_create_reference(env, args[3], 1, &watcher->callback) != napi_ok ||
       napi_create_string_utf8(env, "VirtioFdWatcher", NAPI_AUTO_LENGTH, &name) != napi_ok ||
       napi_async_init(env, NULL, name, &watcher->context) != napi_ok ||
       napi_add_async_cleanup_hook(env, on_environment_end, watcher, &watcher->hook) != napi_ok ||
