@@ -1,0 +1,20 @@
+/** How the words of the command line become numbers; what is refused is a usage error. */
+
+import { InvalidArgumentError } from "commander";
+import { parseSize } from "../size.js";
+
+/** Parser of a whole number in decimal digits. */
+export function wholeNumber(word: string): number {
+  const value = Number(word);
+  if (!/^[0-9]+$/.test(word) || !Number.isSafeInteger(value)) throw new InvalidArgumentError("It is no whole number.");
+  return value;
+}
+
+/** Parser of a size: `512`, `4K`, `1M`, `2G`, `1GiB`. */
+export function size(word: string): number {
+  try {
+    return parseSize(word);
+  } catch (error) {
+    throw error instanceof RangeError ? new InvalidArgumentError("Sizes look like 512, 4K, 1M or 2GiB.") : error;
+  }
+}

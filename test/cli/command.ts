@@ -1,0 +1,45 @@
+/** Runs the real command in a process of its own. */
+
+import { type ChildProcessWithoutNullStreams, spawn } from "node:child_process";
+import { fileURLToPath } from "node:url";
+
+/** What a finished command left. */
+export interface Finished {
+  readonly code: number | null;
+  readonly signal: NodeJS.Signals | null;
+  readonly stdout: Buffer;
+  readonly stderr: string;
+}
+
+const MAIN = fileURLToPath(new URL("../../src/cli/main.js", import.meta.url));
+const TIMEOUT_MS = 60_000;
+
+/** Start `virtio` with these words. */
+export function start(words: readonly string[], env: NodeJS.ProcessEnv = {}): ChildProcessWithoutNullStreams {
+  return spawn(process.execPath, [MAIN, ...words], {
+    stdio: "pipe",
+    timeout: TIMEOUT_MS,
+    env: { ...process.env, NO_COLOR: "1", ...env },
+  });
+}
+
+/** Run `virtio` with these words, `input` on stdin, until it ends. */
+export async function virtio(words: readonly string[], input: string | Uint8Array = ""): Promise<Finished> {
+  const child = start(words);
+  child.stdin.on("error", () => undefined); // a command that ends early does not read all of it
+  child.stdin.end(input);
+  return finished(child);
+}
+
+/** Collect the output of `child` until it ends. */
+export async function finished(child: ChildProcessWithoutNullStreams): Promise<Finished> {
+  const out: Buffer[] = [];
+  const err: Buffer[] = [];
+  child.stdout.on("data", (chunk: Buffer) => out.push(chunk));
+  child.stderr.on("data", (chunk: Buffer) => err.push(chunk));
+  const [code, signal] = await new Promise<[number | null, NodeJS.Signals | null]>((resolve, reject) => {
+    child.on("error", reject);
+    child.on("close", (...ended) => resolve(ended));
+  });
+  return { code, signal, stdout: Buffer.concat(out), stderr: Buffer.concat(err).toString() };
+}
