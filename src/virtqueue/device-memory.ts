@@ -1,0 +1,123 @@
+/** The driver's memory as a device sees it: regions by guest address, looked up without trusting the address. */
+
+import { checkInteger, rangeError } from "../errors.js";
+
+/** Regions a device keeps at most; memory above 4 GiB in one piece counts more than once. */
+export const MAX_DEVICE_REGIONS = 64;
+
+// One typed array holds at most 4 GiB. A larger piece becomes views of 4 GiB that begin every 2 GiB, so that
+// no element of up to 2 GiB falls between two of them.
+const VIEW_BYTES = 2 ** 32;
+const VIEW_STEP = 2 ** 31;
+const HIGH = 2 ** 32;
+
+/**
+ * The memory that a driver shares with a device: translates the driver's addresses (IOVA or guest-physical,
+ * 64 bits as two unsigned halves) into offsets of mapped memory. The lookup cannot overflow, whatever
+ * address and length a descriptor holds: differences are taken as doubles, exact below 2^53 and certainly
+ * outside every region above.
+ *
+ * @example
+ * ```ts
+ * import { DeviceMemory } from "virtio-driver/virtqueue";
+ * const memory = new DeviceMemory();
+ * memory.add(0x10000n, new ArrayBuffer(4096));
+ * const index = memory.find(0x10010, 0, 16); // 0: the address halves, 16 bytes
+ * console.log(index, memory.offset(index, 0x10010, 0), memory.find(0x10ff8, 0, 16)); // 0 16 -1
+ * ```
+ */
+export class DeviceMemory {
+  /** The bytes of each region, by region index. */
+  readonly bytes: Uint8Array[] = [];
+  /** The same bytes in 32-bit units. */
+  readonly words: Uint32Array[] = [];
+
+  private readonly baseLo = new Float64Array(MAX_DEVICE_REGIONS);
+  private readonly baseHi = new Float64Array(MAX_DEVICE_REGIONS);
+  private readonly size = new Float64Array(MAX_DEVICE_REGIONS);
+  private last = 0;
+
+  /**
+   * Add a region: `size` bytes of `buffer` from `offset`, known to the driver as `address`.
+   *
+   * @throws RangeError for an empty region, one that leaves the buffer or the 64-bit address space or overlaps
+   *   another, an offset that is not a multiple of 8, or when no region is left.
+   */
+  add(address: bigint, buffer: ArrayBuffer, offset = 0, size = buffer.byteLength - offset): void {
+    checkInteger("offset", offset, 0, buffer.byteLength);
+    if (offset % 8 !== 0) throw rangeError("offset", "a multiple of 8", offset);
+    checkInteger("size", size, 1, buffer.byteLength - offset);
+    if (address < 0n || address + BigInt(size) > 1n << 64n) {
+      throw rangeError("address", `${size} bytes inside the 64-bit address space`, address);
+    }
+    const views = size <= VIEW_BYTES ? 1 : Math.ceil((size - VIEW_BYTES) / VIEW_STEP) + 1;
+    if (this.bytes.length + views > MAX_DEVICE_REGIONS) {
+      throw rangeError("regions", `at most ${MAX_DEVICE_REGIONS}`, this.bytes.length + views);
+    }
+    for (let i = 0; i < this.bytes.length; i++) {
+      const base = BigInt(this.baseHi[i]) * BigInt(HIGH) + BigInt(this.baseLo[i]);
+      if (address < base + BigInt(this.size[i]) && base < address + BigInt(size)) {
+        throw rangeError("address", "a region that overlaps no other", address);
+      }
+    }
+    for (let view = 0; view < views; view++) {
+      const start = view * VIEW_STEP;
+      const length = Math.min(VIEW_BYTES, size - start);
+      const base = address + BigInt(start);
+      const index = this.bytes.length;
+      this.baseLo[index] = Number(base % BigInt(HIGH));
+      this.baseHi[index] = Number(base / BigInt(HIGH));
+      this.size[index] = length;
+      this.bytes.push(new Uint8Array(buffer, offset + start, length));
+      this.words.push(new Uint32Array(buffer, offset + start, Math.floor(length / 4)));
+    }
+  }
+
+  /** Forget every region over `buffer`. Region indices change: no chain may be in use. */
+  remove(buffer: ArrayBuffer): void {
+    let kept = 0;
+    for (let i = 0; i < this.bytes.length; i++) {
+      if (this.bytes[i].buffer === buffer) continue;
+      this.bytes[kept] = this.bytes[i];
+      this.words[kept] = this.words[i];
+      this.baseLo[kept] = this.baseLo[i];
+      this.baseHi[kept] = this.baseHi[i];
+      this.size[kept] = this.size[i];
+      kept++;
+    }
+    this.size.fill(0, kept);
+    this.bytes.length = kept;
+    this.words.length = kept;
+    this.last = 0;
+  }
+
+  /**
+   * Index of the region that holds the whole of `length` bytes at an address, or -1.
+   *
+   * @param lo - lower half of the address, unsigned.
+   * @param hi - upper half, unsigned.
+   * @param length - bytes, at least 1.
+   */
+  find(lo: number, hi: number, length: number): number {
+    const last = this.last;
+    const at = (hi - this.baseHi[last]) * HIGH + (lo - this.baseLo[last]);
+    if (at >= 0 && at + length <= this.size[last]) return last;
+    return this.search(lo, hi, length);
+  }
+
+  /** Byte offset inside region `index`, found by {@link find}, of an address. */
+  offset(index: number, lo: number, hi: number): number {
+    return (hi - this.baseHi[index]) * HIGH + (lo - this.baseLo[index]);
+  }
+
+  private search(lo: number, hi: number, length: number): number {
+    for (let i = 0; i < this.bytes.length; i++) {
+      const at = this.offset(i, lo, hi);
+      if (at >= 0 && at + length <= this.size[i]) {
+        this.last = i;
+        return i;
+      }
+    }
+    return -1;
+  }
+}
