@@ -2,13 +2,11 @@
 
 import { checkInteger, rangeError } from "../errors.js";
 
-/** Regions a device keeps at most; memory above 4 GiB in one piece counts more than once. */
+/** Regions a device keeps at most. */
 export const MAX_DEVICE_REGIONS = 64;
 
-// One typed array holds at most 4 GiB. A larger piece becomes views of 4 GiB that begin every 2 GiB, so that
-// no element of up to 2 GiB falls between two of them.
-const VIEW_BYTES = 2 ** 32;
-const VIEW_STEP = 2 ** 31;
+/** What one typed array holds at most. */
+const MAX_REGION_BYTES = 2 ** 32;
 const HIGH = 2 ** 32;
 
 /**
@@ -40,37 +38,29 @@ export class DeviceMemory {
   /**
    * Add a region: `size` bytes of `buffer` from `offset`, known to the driver as `address`.
    *
-   * @throws RangeError for an empty region, one that leaves the buffer or the 64-bit address space or overlaps
-   *   another, an offset that is not a multiple of 8, or when no region is left.
+   * @throws RangeError for a region that is empty, above 4 GiB, outside the buffer or the 64-bit address space, or
+   *   overlaps another, for an offset that is not a multiple of 8, or when no region is left.
    */
   add(address: bigint, buffer: ArrayBuffer, offset = 0, size = buffer.byteLength - offset): void {
     checkInteger("offset", offset, 0, buffer.byteLength);
     if (offset % 8 !== 0) throw rangeError("offset", "a multiple of 8", offset);
-    checkInteger("size", size, 1, buffer.byteLength - offset);
+    checkInteger("size", size, 1, Math.min(buffer.byteLength - offset, MAX_REGION_BYTES));
     if (address < 0n || address + BigInt(size) > 1n << 64n) {
       throw rangeError("address", `${size} bytes inside the 64-bit address space`, address);
     }
-    const views = size <= VIEW_BYTES ? 1 : Math.ceil((size - VIEW_BYTES) / VIEW_STEP) + 1;
-    if (this.bytes.length + views > MAX_DEVICE_REGIONS) {
-      throw rangeError("regions", `at most ${MAX_DEVICE_REGIONS}`, this.bytes.length + views);
-    }
-    for (let i = 0; i < this.bytes.length; i++) {
+    const index = this.bytes.length;
+    if (index === MAX_DEVICE_REGIONS) throw rangeError("regions", `at most ${MAX_DEVICE_REGIONS}`, index + 1);
+    for (let i = 0; i < index; i++) {
       const base = BigInt(this.baseHi[i]) * BigInt(HIGH) + BigInt(this.baseLo[i]);
       if (address < base + BigInt(this.size[i]) && base < address + BigInt(size)) {
         throw rangeError("address", "a region that overlaps no other", address);
       }
     }
-    for (let view = 0; view < views; view++) {
-      const start = view * VIEW_STEP;
-      const length = Math.min(VIEW_BYTES, size - start);
-      const base = address + BigInt(start);
-      const index = this.bytes.length;
-      this.baseLo[index] = Number(base % BigInt(HIGH));
-      this.baseHi[index] = Number(base / BigInt(HIGH));
-      this.size[index] = length;
-      this.bytes.push(new Uint8Array(buffer, offset + start, length));
-      this.words.push(new Uint32Array(buffer, offset + start, Math.floor(length / 4)));
-    }
+    this.bytes.push(new Uint8Array(buffer, offset, size));
+    this.words.push(new Uint32Array(buffer, offset, Math.floor(size / 4)));
+    this.baseLo[index] = Number(address % BigInt(HIGH));
+    this.baseHi[index] = Number(address / BigInt(HIGH));
+    this.size[index] = size;
   }
 
   /** Forget every region over `buffer`. Region indices change: no chain may be in use. */
