@@ -141,6 +141,7 @@ export class PackedRing {
     this.buildId = this.nextId();
     this.buildCursor = this.nextAvail;
     this.buildBits = this.availBits;
+    if (indirect) this.shape[this.buildId] = SHAPE_NONE;
     return this.buildId;
   }
 
@@ -178,7 +179,6 @@ export class PackedRing {
     const count = builder.count;
     const noNext = ~(VIRTQ_DESC_F_NEXT << 16);
     if (builder.indirect) {
-      this.shape[id] = SHAPE_NONE;
       this.takeIndirect(id, count, clampU32(builder.writable));
     } else {
       if (count === 1) this.buildHeadTail &= noNext;

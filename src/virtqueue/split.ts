@@ -138,6 +138,7 @@ export class SplitRing {
     if (this.numFree < (indirect ? 1 : count)) return -1;
     this.builder.start(count, indirect);
     this.buildCursor = this.freeHead;
+    if (indirect) this.shape[this.freeHead] = SHAPE_NONE;
     return this.freeHead;
   }
 
@@ -168,7 +169,6 @@ export class SplitRing {
       // The last entry of a table has no NEXT; nothing of it is visible yet.
       this.table[(head * this.tableEntries + count) * DESC_WORDS - 1] &= VIRTQ_DESC_F_WRITE;
       this.writeIndirect(head, count);
-      this.shape[head] = SHAPE_NONE;
       this.take(head, head, 1, clampU32(builder.writable));
     } else {
       this.desc[this.last[head] * DESC_WORDS + 3] &= VIRTQ_DESC_F_WRITE;

@@ -1,0 +1,502 @@
+/** A virtio-blk device as Node people expect one: promises, FileHandle-like reads and writes, `await using`. */
+
+import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../../errors.js";
+import { type BufferPool, DeviceBuffer } from "../../memory/index.js";
+import {
+  BLK_CONFIG_WRITEBACK_OFFSET,
+  BLK_ID_SIZE,
+  BLK_LIFETIME_SIZE,
+  type BlkConfig,
+  BlkFeature,
+  type BlkLifetime,
+  BlkRequestType,
+  decodeBlkId,
+  decodeBlkLifetime,
+  SECTOR_SIZE,
+} from "../../protocol/blk.js";
+import type { VirtioTransport } from "../../transports/transport.js";
+import { isPowerOfTwo } from "../../virtqueue/index.js";
+import { type BlockInfo, describeDevice } from "./info.js";
+import { negotiateBlk, readBlkConfig, startBlkQueues } from "./negotiate.js";
+import { ControlOperation, type Memory, stretchOf, TransferOperation } from "./operation.js";
+import { type BlockRange, OPEN_BLOCK_OPTIONS, type OpenBlockOptions, type TransferOptions } from "./options.js";
+import type { CompletionMode, VirtioBlkQueue } from "./queue.js";
+import { discardRequests, type SegmentLimits } from "./ranges.js";
+import { type ReadResult, Scheduler, type WriteResult } from "./scheduler.js";
+
+/** Milliseconds that `close` waits for requests in flight. */
+const DRAIN_TIMEOUT = 5000;
+
+/**
+ * An open virtio-blk device. Requests that are larger than the device allows are split, requests that find the
+ * ring full wait in order. Plain buffers are copied once; buffers of {@link allocate} are not copied at all.
+ *
+ * A buffer stays lent to the device until the request is done, whatever was aborted. Nothing orders requests
+ * in flight at the same time: await the first where the second depends on it. A completed write is stable after
+ * a `flush` that was called after it.
+ *
+ * @example
+ * ```ts
+ * import { openBlock } from "virtio-driver";
+ * await using disk = await openBlock("ram:16M");
+ * await disk.write(new TextEncoder().encode("virtio".padEnd(512)), { position: 4096 });
+ * await disk.flush();
+ * const { buffer, bytesRead } = await disk.read(new Uint8Array(512), { position: 4096 });
+ * console.log(bytesRead, new TextDecoder().decode(buffer).trim()); // 512 virtio
+ * ```
+ */
+export class BlockDevice {
+  /** The address it was opened by. */
+  readonly address: string;
+  /** Accepted features. */
+  readonly features: bigint;
+  /** Smallest unit of reads and writes in bytes: the device's block size, or 512. */
+  readonly blockSize: number;
+  /** Whether requests that change the disk are refused. */
+  readonly readOnly: boolean;
+  /** Called once when the device is lost; every pending and later call rejects with the same error. */
+  onLost: ((error: VirtioError) => void) | undefined;
+  /** Called when the device changed its config, with the new size of the disk in bytes. */
+  onConfigChange: ((capacity: number) => void) | undefined;
+
+  private readonly transport: VirtioTransport;
+  private readonly queues: VirtioBlkQueue[];
+  private readonly allQueues: readonly VirtioBlkQueue[];
+  private readonly scheduler: Scheduler;
+  private readonly pool: BufferPool;
+  private readonly bounce: BufferPool;
+  private readonly openOptions: OpenBlockOptions;
+  private currentConfig: BlkConfig;
+  private closing: Promise<void> | undefined;
+
+  /**
+   * Bring up a block device behind a connected transport. The transport is the device's from now on, and is
+   * closed with it or when this fails.
+   *
+   * @throws VirtioError ERR_VIRTIO_FEATURES, ERR_VIRTIO_CONFIG, ERR_VIRTIO_QUEUES, and what the transport throws.
+   */
+  static async open(transport: VirtioTransport, options: OpenBlockOptions = {}): Promise<BlockDevice> {
+    try {
+      checkOpenOptions(options);
+      const features = await negotiateBlk(transport, options);
+      const config = await readBlkConfig(transport, features, options);
+      const memory = await startBlkQueues(transport, config, options);
+      return new BlockDevice(transport, config, memory, options);
+    } catch (error) {
+      await transport.close();
+      throw error;
+    }
+  }
+
+  private constructor(
+    transport: VirtioTransport,
+    config: BlkConfig,
+    memory: { queues: VirtioBlkQueue[]; pool: BufferPool; bounce: BufferPool },
+    options: OpenBlockOptions,
+  ) {
+    this.transport = transport;
+    this.address = transport.address;
+    this.features = transport.features;
+    this.currentConfig = config;
+    this.queues = memory.queues;
+    this.allQueues = [...memory.queues];
+    this.pool = memory.pool;
+    this.bounce = memory.bounce;
+    this.openOptions = options;
+    const { blkSize } = config;
+    this.blockSize = blkSize !== undefined && blkSize >= SECTOR_SIZE && isPowerOfTwo(blkSize) ? blkSize : SECTOR_SIZE;
+    this.readOnly = options.readOnly === true || this.has(BlkFeature.RO);
+    this.scheduler = new Scheduler(this.queues, this.bounce);
+    transport.onLost = (error) => this.lose(error);
+    transport.onConfigChange = () => {
+      this.refresh().then(
+        () => this.onConfigChange?.(this.capacity),
+        (error: unknown) => this.lose(error),
+      );
+    };
+  }
+
+  /** Size of the disk in bytes. */
+  get capacity(): number {
+    return Number(this.currentConfig.capacity) * SECTOR_SIZE;
+  }
+
+  /** The device's config space, as far as the accepted features reach. */
+  get config(): BlkConfig {
+    return this.currentConfig;
+  }
+
+  /** Everything that is known of the device, for people and for `--json`. */
+  get info(): BlockInfo {
+    return describeDevice(this.transport, this.currentConfig, this.allQueues, this);
+  }
+
+  /** How completions are learnt of: `"event"`, or `"poll"` by calls of {@link poll} alone. */
+  get mode(): CompletionMode {
+    return this.allQueues[0].mode;
+  }
+
+  set mode(mode: CompletionMode) {
+    this.scheduler.setMode(mode);
+  }
+
+  /** Requests in flight, and calls that wait for room. */
+  get pending(): number {
+    return this.scheduler.pending;
+  }
+
+  /**
+   * Lend a buffer that the device can reach: reads and writes on it copy nothing.
+   *
+   * @param length - bytes. What they hold is not cleared.
+   * @throws VirtioError ERR_VIRTIO_MEMORY when the device takes no more memory, ERR_VIRTIO_CLOSED after `close`.
+   */
+  async allocate(length: number): Promise<DeviceBuffer> {
+    this.throwIfEnded();
+    return this.pool.allocate(length);
+  }
+
+  /**
+   * Read into `buffer`.
+   *
+   * @returns `bytesRead`, less than asked for only when the device delivered less, and the buffer.
+   * @throws RangeError for a range outside the disk or the buffer, or one that is not of whole blocks.
+   *   VirtioError ERR_VIRTIO_IO when the device fails the request.
+   */
+  read<M extends Memory>(buffer: M, options: TransferOptions = NO_OPTIONS): Promise<ReadResult<M>> {
+    return this.transfer(BlkRequestType.IN, buffer, options) as Promise<ReadResult<M>>;
+  }
+
+  /**
+   * Write `buffer` to the disk.
+   *
+   * @throws as {@link read}; VirtioError ERR_VIRTIO_READ_ONLY for a read-only disk.
+   */
+  write<M extends Memory>(buffer: M, options: TransferOptions = NO_OPTIONS): Promise<WriteResult<M>> {
+    return this.transfer(BlkRequestType.OUT, buffer, options) as Promise<WriteResult<M>>;
+  }
+
+  /** Read consecutive bytes into several buffers, in order. Together they are of whole blocks. */
+  async readv<M extends Memory>(
+    buffers: readonly M[],
+    options: Pick<TransferOptions, "position" | "signal"> = NO_OPTIONS,
+  ): Promise<{ readonly bytesRead: number; readonly buffers: readonly M[] }> {
+    const operation = this.vectorOperation(BlkRequestType.IN, buffers, options);
+    await this.run(operation, options.signal);
+    return { bytesRead: operation.transferred, buffers };
+  }
+
+  /** Write several buffers to consecutive bytes, in order. Together they are of whole blocks. */
+  async writev<M extends Memory>(
+    buffers: readonly M[],
+    options: Pick<TransferOptions, "position" | "signal"> = NO_OPTIONS,
+  ): Promise<{ readonly bytesWritten: number; readonly buffers: readonly M[] }> {
+    const operation = this.vectorOperation(BlkRequestType.OUT, buffers, options);
+    await this.run(operation, options.signal);
+    return { bytesWritten: operation.transferred, buffers };
+  }
+
+  /**
+   * Make every write that has completed before this call stable. A device without the FLUSH request has nothing
+   * to offer here: then it resolves at once, and `info.cache` says what is known.
+   */
+  async flush(options: { readonly signal?: AbortSignal } = NO_OPTIONS): Promise<void> {
+    this.throwIfEnded();
+    if (!this.has(BlkFeature.FLUSH)) return;
+    await this.run(new ControlOperation(BlkRequestType.FLUSH, [NO_DATA], false), options.signal);
+  }
+
+  /**
+   * Tell the device that the ranges are no longer needed. What they read as afterwards is not known.
+   *
+   * @throws VirtioError ERR_VIRTIO_UNSUPPORTED when the device has no DISCARD.
+   */
+  async discard(ranges: BlockRange | readonly BlockRange[]): Promise<void> {
+    const { discard: limits } = this.config;
+    await this.changeRanges("DISCARD", BlkRequestType.DISCARD, limits, ranges, false);
+  }
+
+  /**
+   * Fill the ranges with zeroes.
+   *
+   * @param options - `unmap`: the device may deallocate them; they read as zeroes all the same. Default false.
+   * @throws VirtioError ERR_VIRTIO_UNSUPPORTED when the device has no WRITE_ZEROES.
+   */
+  async writeZeroes(
+    ranges: BlockRange | readonly BlockRange[],
+    options: { readonly unmap?: boolean } = NO_OPTIONS,
+  ): Promise<void> {
+    const { writeZeroes: limits } = this.config;
+    await this.changeRanges("WRITE_ZEROES", BlkRequestType.WRITE_ZEROES, limits, ranges, options.unmap === true);
+  }
+
+  /**
+   * Erase the ranges and every copy of their data.
+   *
+   * @throws VirtioError ERR_VIRTIO_UNSUPPORTED when the device has no SECURE_ERASE.
+   */
+  async secureErase(ranges: BlockRange | readonly BlockRange[]): Promise<void> {
+    const { secureErase: limits } = this.config;
+    await this.changeRanges("SECURE_ERASE", BlkRequestType.SECURE_ERASE, limits, ranges, false);
+  }
+
+  /**
+   * Ask the device for its identity, at most 20 ASCII characters.
+   *
+   * @throws VirtioError ERR_VIRTIO_UNSUPPORTED when the device does not say.
+   */
+  async getId(): Promise<string> {
+    return decodeBlkId(await this.ask(BlkRequestType.GET_ID, BLK_ID_SIZE));
+  }
+
+  /**
+   * Ask the device how worn its storage is.
+   *
+   * @throws VirtioError ERR_VIRTIO_UNSUPPORTED when LIFETIME was not negotiated.
+   */
+  async getLifetime(): Promise<BlkLifetime> {
+    this.requireFeature("GET_LIFETIME", BlkFeature.LIFETIME);
+    return decodeBlkLifetime(await this.ask(BlkRequestType.GET_LIFETIME, BLK_LIFETIME_SIZE));
+  }
+
+  /**
+   * Switch the device's write cache on or off. Earlier writes are not made stable by switching it off: flush too.
+   *
+   * @returns the mode that the device is in now.
+   * @throws VirtioError ERR_VIRTIO_UNSUPPORTED when CONFIG_WCE was not negotiated.
+   */
+  async setWriteback(enabled: boolean): Promise<boolean> {
+    this.requireFeature("the writeback field", BlkFeature.CONFIG_WCE);
+    if (typeof enabled !== "boolean") throw typeError("enabled", "a boolean", enabled);
+    await this.transport.writeConfig(BLK_CONFIG_WRITEBACK_OFFSET, Uint8Array.of(enabled ? 1 : 0));
+    await this.refresh();
+    return this.currentConfig.writeback === true;
+  }
+
+  /** Read the config space again, as after a change by the device. */
+  async refresh(): Promise<BlkConfig> {
+    this.throwIfEnded();
+    this.currentConfig = await readBlkConfig(this.transport, this.features, this.openOptions);
+    for (const queue of this.allQueues) queue.capacity = Number(this.currentConfig.capacity);
+    return this.currentConfig;
+  }
+
+  /**
+   * Reap completions now; in mode `"poll"` the only way to get any. Promises resolve before the next turn.
+   *
+   * @returns how many requests completed.
+   */
+  poll(): number {
+    return this.scheduler.poll();
+  }
+
+  /**
+   * Take a queue for the low-level API; the calls of this object use the others from now on.
+   *
+   * @throws VirtioError ERR_VIRTIO_QUEUES when calls are pending, or every queue was taken already.
+   */
+  takeQueue(): VirtioBlkQueue {
+    this.throwIfEnded();
+    return this.scheduler.takeQueue();
+  }
+
+  /**
+   * Wait for what is pending (5 seconds at most), stop the device, release all memory. Lent buffers end with it.
+   * Idempotent: a second call waits for the first.
+   */
+  close(): Promise<void> {
+    this.closing ??= this.shutDown();
+    return this.closing;
+  }
+
+  /** Same as {@link close}: `await using disk = await openBlock(…)`. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  private async shutDown(): Promise<void> {
+    if (this.scheduler.failure === undefined) {
+      this.scheduler.setMode("event");
+      await this.scheduler.idle(DRAIN_TIMEOUT);
+    }
+    // The device must not touch the memory any more before anybody is told that a request has ended.
+    await this.transport.close();
+    this.endAll(new VirtioError("ERR_VIRTIO_CLOSED", `${this.address} is closed; open it again`));
+  }
+
+  private endAll(error: VirtioError): void {
+    this.scheduler.fail(error);
+    this.pool.close();
+    this.bounce.close();
+  }
+
+  private lose(cause: unknown): void {
+    if (this.closing !== undefined || this.scheduler.failure !== undefined) return;
+    const error =
+      cause instanceof VirtioError
+        ? cause
+        : new VirtioError("ERR_VIRTIO_DISCONNECTED", `${this.address} is lost: ${String(cause)}`, { cause });
+    this.endAll(error);
+    this.onLost?.(error);
+  }
+
+  private has(feature: bigint): boolean {
+    return (this.features & feature) !== 0n;
+  }
+
+  private throwIfEnded(): void {
+    const ended = this.ended;
+    if (ended !== undefined) throw ended;
+  }
+
+  private get ended(): VirtioError | undefined {
+    if (this.scheduler.failure !== undefined) return this.scheduler.failure;
+    if (this.closing === undefined) return undefined;
+    return new VirtioError("ERR_VIRTIO_CLOSED", `${this.address} is closed; open it again`);
+  }
+
+  private transfer(
+    type: number,
+    buffer: Memory,
+    options: TransferOptions,
+  ): Promise<ReadResult<Memory> | WriteResult<Memory>> {
+    try {
+      const { position = 0, offset = 0, signal } = options;
+      const length = options.length ?? buffer.length - offset;
+      this.checkTransfer(type, buffer, position, offset, length);
+      const { scheduler } = this;
+      if (buffer instanceof DeviceBuffer && signal === undefined && !scheduler.isBacklogged && this.fits(length)) {
+        const promise = scheduler.transfer(type, position / SECTOR_SIZE, buffer, offset, length);
+        if (promise !== undefined) return promise;
+      }
+      return this.transferLater(type, buffer, position, offset, length, signal);
+    } catch (error) {
+      return Promise.reject(error);
+    }
+  }
+
+  private async transferLater(
+    type: number,
+    buffer: Memory,
+    position: number,
+    offset: number,
+    length: number,
+    signal: AbortSignal | undefined,
+  ): Promise<ReadResult<Memory> | WriteResult<Memory>> {
+    const operation = new TransferOperation(type, [stretchOf(buffer, offset, length)], position, this.limits);
+    await this.run(operation, signal);
+    const { transferred } = operation;
+    return type === BlkRequestType.IN ? { bytesRead: transferred, buffer } : { bytesWritten: transferred, buffer };
+  }
+
+  private get limits(): VirtioBlkQueue["limits"] {
+    return this.allQueues[0].limits;
+  }
+
+  private fits(length: number): boolean {
+    const { maxRequestBytes, maxSegmentBytes } = this.limits;
+    return length <= maxSegmentBytes && length <= maxRequestBytes;
+  }
+
+  private vectorOperation(
+    type: number,
+    buffers: readonly Memory[],
+    options: Pick<TransferOptions, "position">,
+  ): TransferOperation {
+    checkOptions("options", options, ["position", "signal"]);
+    if (!Array.isArray(buffers) || buffers.length === 0) throw typeError("buffers", "an array of buffers", buffers);
+    const { position = 0 } = options;
+    const total = buffers.reduce((sum, buffer) => sum + buffer.length, 0);
+    for (const buffer of buffers) checkMemory(buffer);
+    this.checkRange(type, position, total);
+    const stretches = buffers.filter(({ length }) => length > 0).map((buffer) => stretchOf(buffer, 0, buffer.length));
+    return new TransferOperation(type, stretches, position, this.limits);
+  }
+
+  private run(operation: TransferOperation | ControlOperation, signal: AbortSignal | undefined): Promise<void> {
+    if (signal === undefined) {
+      this.scheduler.enqueue(operation);
+      return operation.promise;
+    }
+    const onAbort = (): void => operation.abort(signal.reason);
+    if (signal.aborted) onAbort();
+    else this.scheduler.enqueue(operation);
+    signal.addEventListener("abort", onAbort, { once: true });
+    return operation.promise.finally(() => signal.removeEventListener("abort", onAbort));
+  }
+
+  private async ask(type: number, length: number): Promise<Uint8Array> {
+    this.throwIfEnded();
+    const answer = new Uint8Array(length);
+    await this.run(new ControlOperation(type, [answer], true), undefined);
+    return answer;
+  }
+
+  private async changeRanges(
+    name: "DISCARD" | "WRITE_ZEROES" | "SECURE_ERASE",
+    type: number,
+    limits: SegmentLimits | undefined,
+    ranges: BlockRange | readonly BlockRange[],
+    unmap: boolean,
+  ): Promise<void> {
+    this.requireFeature(name, BlkFeature[name]);
+    const list = "position" in ranges ? [ranges] : ranges;
+    for (const { position, length } of list) this.checkRange(type, position, length);
+    if (list.length === 0 || limits === undefined) return;
+    await this.run(new ControlOperation(type, discardRequests(list, limits, unmap), false), undefined);
+  }
+
+  private requireFeature(what: string, feature: bigint): void {
+    this.throwIfEnded();
+    if (this.has(feature)) return;
+    throw new VirtioError("ERR_VIRTIO_UNSUPPORTED", `${this.address} does not offer ${what}; see info.features`);
+  }
+
+  private checkTransfer(type: number, buffer: Memory, position: number, offset: number, length: number): void {
+    checkMemory(buffer);
+    if (!(offset >= 0 && offset + length <= buffer.length)) {
+      checkInteger("offset", offset, 0, buffer.length);
+      checkInteger("length", length, 1, buffer.length - offset);
+    }
+    this.checkRange(type, position, length);
+  }
+
+  private checkRange(type: number, position: number, length: number): void {
+    const { blockSize, capacity } = this;
+    const ended = this.ended;
+    if (ended !== undefined) throw ended;
+    if (this.readOnly && type !== BlkRequestType.IN) {
+      throw new VirtioError("ERR_VIRTIO_READ_ONLY", `${this.address} is read-only; nothing was changed`);
+    }
+    if (!(Number.isSafeInteger(length) && length > 0 && length % blockSize === 0)) {
+      throw rangeError("length", `a positive multiple of the block size ${blockSize}`, length);
+    }
+    if (!(Number.isSafeInteger(position) && position >= 0 && position % blockSize === 0)) {
+      throw rangeError("position", `a multiple of the block size ${blockSize}`, position);
+    }
+    if (length > capacity || position > capacity - length) {
+      throw rangeError("position", `${length} bytes inside the ${capacity} bytes of the disk`, position);
+    }
+  }
+}
+
+const NO_OPTIONS = {};
+const NO_DATA = new Uint8Array(0);
+
+function checkMemory(buffer: unknown): void {
+  if (buffer instanceof DeviceBuffer) {
+    if (buffer.released) throw rangeError("buffer", "a lent buffer that was not released", "a released one");
+    return;
+  }
+  if (!(buffer instanceof Uint8Array)) throw typeError("buffer", "a Uint8Array or a DeviceBuffer", buffer);
+}
+
+function checkOpenOptions(options: OpenBlockOptions): void {
+  if (typeof options !== "object" || options === null) throw typeError("options", "an object", options);
+  checkOptions("openBlock", options, OPEN_BLOCK_OPTIONS);
+  const { mode = "event", queues = 1, queueSize, capacity } = options;
+  if (mode !== "event" && mode !== "poll") throw rangeError("mode", '"event" or "poll"', mode);
+  checkInteger("queues", queues, 1, 65536);
+  if (queueSize !== undefined) checkInteger("queueSize", queueSize, 3, 32768);
+  if (capacity !== undefined) checkInteger("capacity", capacity, 0);
+}

@@ -1,0 +1,298 @@
+/** Spreads operations over the queues of a device: the fast path, the waiting line, kicks once a turn. */
+
+import { VirtioError } from "../../errors.js";
+import type { BufferPool, DeviceBuffer } from "../../memory/index.js";
+import { BlkRequestType } from "../../protocol/blk.js";
+import type { Operation, Part } from "./operation.js";
+import type { CompletionMode, VirtioBlkQueue } from "./queue.js";
+import { blkError } from "./status.js";
+
+/** What a read resolves to. */
+export interface ReadResult<M> {
+  /** Bytes that the device delivered, counted from the start without a gap. */
+  readonly bytesRead: number;
+  /** The memory that was passed in. */
+  readonly buffer: M;
+}
+
+/** What a write resolves to. */
+export interface WriteResult<M> {
+  /** Bytes written: all of them, or the write rejects. */
+  readonly bytesWritten: number;
+  /** The memory that was passed in. */
+  readonly buffer: M;
+}
+
+type Settle = (value: ReadResult<DeviceBuffer> | WriteResult<DeviceBuffer>) => void;
+
+// The engine's own pair of functions, taken out of the executor without a closure for each request.
+let capturedResolve: Settle = () => {};
+let capturedReject: (error: Error) => void = () => {};
+const capture = (resolve: Settle, reject: (error: Error) => void): void => {
+  capturedResolve = resolve;
+  capturedReject = reject;
+};
+
+/** What is in flight in each slot of one queue: a promise of the fast path, or a part of an operation. */
+class Slots {
+  readonly resolve: (Settle | undefined)[];
+  readonly reject: ((error: Error) => void)[];
+  readonly buffer: (DeviceBuffer | undefined)[];
+  readonly length: Float64Array;
+  readonly part: (Part | undefined)[];
+  readonly queue: VirtioBlkQueue;
+
+  constructor(queue: VirtioBlkQueue) {
+    const n = queue.queueSize;
+    this.queue = queue;
+    this.resolve = new Array<Settle | undefined>(n).fill(undefined);
+    this.reject = new Array<(error: Error) => void>(n).fill(() => {});
+    this.buffer = new Array<DeviceBuffer | undefined>(n).fill(undefined);
+    this.length = new Float64Array(n);
+    this.part = new Array<Part | undefined>(n).fill(undefined);
+  }
+}
+
+/**
+ * Requests go to the queues in turn. When no queue has room, or memory for copying is lacking, operations
+ * wait in one line, in order. Everything submitted in one turn of the event loop is published and kicked
+ * together, in a microtask.
+ */
+export class Scheduler {
+  private readonly slots: Slots[];
+  private readonly taken: VirtioBlkQueue[] = [];
+  private readonly bounce: BufferPool;
+  private readonly waiting: Operation[] = [];
+  private readonly take = (length: number): DeviceBuffer | undefined => this.bounce.tryAllocate(length);
+  private readonly flushLater = (): void => this.flush();
+  private turn = 0;
+  private outstanding = 0;
+  private flushScheduled = false;
+  private fatal: VirtioError | undefined;
+  private whenIdle: (() => void)[] = [];
+
+  /** @param bounce - memory for callers whose own the device cannot reach. */
+  constructor(queues: readonly VirtioBlkQueue[], bounce: BufferPool) {
+    this.bounce = bounce;
+    this.slots = queues.map((queue) => new Slots(queue));
+    for (const slots of this.slots) {
+      slots.queue.onComplete = (slot, status, written) => this.complete(slots, slot, status, written);
+      slots.queue.onError = (error) => this.fail(asFatal(error));
+    }
+  }
+
+  /** The error that ended the device, if one did. */
+  get failure(): VirtioError | undefined {
+    return this.fatal;
+  }
+
+  /** Whether operations wait for room: then new ones must queue up behind them. */
+  get isBacklogged(): boolean {
+    return this.waiting.length > 0;
+  }
+
+  /** Requests in flight and operations waiting. */
+  get pending(): number {
+    return this.outstanding + this.waiting.length;
+  }
+
+  /**
+   * The fast path: one request on lent memory, a promise and nothing else.
+   *
+   * @returns `undefined` when there is no room now: then {@link enqueue}.
+   */
+  transfer(
+    type: number,
+    sector: number,
+    buffer: DeviceBuffer,
+    offset: number,
+    length: number,
+  ): Promise<ReadResult<DeviceBuffer> | WriteResult<DeviceBuffer>> | undefined {
+    if (this.slots.length === 0) throw noQueueLeft();
+    const slots = this.nextSlots();
+    const queue = slots.queue;
+    const slot =
+      type === BlkRequestType.IN
+        ? queue.submitRead(sector, buffer, offset, length)
+        : queue.submitWrite(sector, buffer, offset, length);
+    if (slot < 0) return undefined;
+    const promise = new Promise<ReadResult<DeviceBuffer> | WriteResult<DeviceBuffer>>(capture);
+    slots.resolve[slot] = capturedResolve;
+    slots.reject[slot] = capturedReject;
+    slots.buffer[slot] = buffer;
+    slots.length[slot] = length;
+    this.started();
+    return promise;
+  }
+
+  /** Put an operation at the end of the line; it is submitted as soon as there is room. */
+  enqueue(operation: Operation): void {
+    if (this.fatal !== undefined) {
+      operation.abort(this.fatal);
+      return;
+    }
+    if (this.slots.length === 0) throw noQueueLeft();
+    if (this.pending === 0) this.keepAlive(true);
+    this.waiting.push(operation);
+    this.scheduleFlush();
+  }
+
+  /** Reap completions on all queues and go on with what waits. Returns how many requests completed. */
+  poll(): number {
+    let count = 0;
+    try {
+      for (const slots of this.slots) count += slots.queue.poll();
+    } catch (error) {
+      this.fail(asFatal(error));
+      throw error;
+    }
+    if (this.flushScheduled) this.flush();
+    return count;
+  }
+
+  /** Resolves when nothing is in flight and nothing waits, or after `timeout` milliseconds. */
+  async idle(timeout: number): Promise<void> {
+    if (this.pending === 0) return;
+    await new Promise<void>((resolve) => {
+      const timer = setTimeout(resolve, timeout);
+      this.whenIdle.push(() => {
+        clearTimeout(timer);
+        resolve();
+      });
+    });
+  }
+
+  /** Give a queue away, the last one first. */
+  takeQueue(): VirtioBlkQueue {
+    if (this.pending > 0) {
+      throw new VirtioError("ERR_VIRTIO_QUEUES", `${this.pending} calls are pending; await them before taking a queue`);
+    }
+    const slots = this.slots.pop();
+    if (slots === undefined) throw noQueueLeft();
+    this.turn = 0;
+    slots.queue.onComplete = () => {};
+    this.taken.push(slots.queue);
+    return slots.queue;
+  }
+
+  /** Switch all queues to another way of learning of completions. */
+  setMode(mode: CompletionMode): void {
+    for (const { queue } of this.slots) {
+      queue.mode = mode;
+      queue.keepsAlive = this.pending > 0;
+    }
+  }
+
+  /** End everything with `error`: what is in flight, what waits, and what comes later. */
+  fail(error: VirtioError): void {
+    if (this.fatal !== undefined) return;
+    this.fatal = error;
+    for (const slots of this.slots) {
+      slots.queue.fail(error);
+      for (let slot = 0; slot < slots.queue.queueSize; slot++) {
+        if (slots.resolve[slot] !== undefined) slots.reject[slot](error);
+        slots.resolve[slot] = undefined;
+        slots.buffer[slot] = undefined;
+        slots.part[slot]?.operation.abort(error);
+        slots.part[slot] = undefined;
+      }
+    }
+    for (const queue of this.taken) {
+      queue.fail(error);
+      queue.onError(error);
+    }
+    for (const operation of this.waiting.splice(0)) operation.abort(error);
+    this.outstanding = 0;
+    this.becameIdle();
+  }
+
+  private nextSlots(): Slots {
+    const slots = this.slots[this.turn];
+    if (++this.turn === this.slots.length) this.turn = 0;
+    return slots;
+  }
+
+  private started(): void {
+    if (this.outstanding++ === 0 && this.waiting.length === 0) this.keepAlive(true);
+    this.scheduleFlush();
+  }
+
+  private complete(slots: Slots, slot: number, status: number, written: number): void {
+    const resolve = slots.resolve[slot];
+    if (resolve !== undefined) {
+      const buffer = slots.buffer[slot] as DeviceBuffer;
+      const length = slots.length[slot];
+      slots.resolve[slot] = undefined;
+      slots.buffer[slot] = undefined;
+      if (status !== 0) slots.reject[slot](blkError(slots.queue.requestType(slot), status));
+      else if (slots.queue.requestType(slot) === BlkRequestType.OUT) resolve({ bytesWritten: length, buffer });
+      // The status is the last byte that the device writes; what it does not account for is not delivered.
+      else resolve({ bytesRead: written > length ? length : Math.max(0, written - 1), buffer });
+    } else {
+      const part = slots.part[slot] as Part;
+      slots.part[slot] = undefined;
+      part.operation.partDone(part, status, written);
+    }
+    this.outstanding--;
+    if (this.waiting.length > 0) this.scheduleFlush();
+    else if (this.outstanding === 0) this.becameIdle();
+  }
+
+  private scheduleFlush(): void {
+    if (this.flushScheduled) return;
+    this.flushScheduled = true;
+    queueMicrotask(this.flushLater);
+  }
+
+  /** Submit what waits while there is room, then kick. */
+  private flush(): void {
+    this.flushScheduled = false;
+    if (this.fatal !== undefined) return;
+    try {
+      while (this.waiting.length > 0 && this.submitNext(this.waiting[0])) {
+        if (this.waiting[0].allSubmitted) this.waiting.shift();
+      }
+      for (const { queue } of this.slots) queue.kick();
+    } catch (error) {
+      this.fail(asFatal(error));
+    }
+    if (this.pending === 0) this.becameIdle();
+  }
+
+  /** Submit one request of an operation. Returns false when there is no room for it. */
+  private submitNext(operation: Operation): boolean {
+    if (operation.allSubmitted) return true;
+    const request = operation.next(this.take);
+    if (request === undefined) return false;
+    for (let tries = 0; tries < this.slots.length; tries++) {
+      const slots = this.nextSlots();
+      const { type, deviceWrites } = operation;
+      const slot = slots.queue.submitChain(type, request.sector, request.segments, deviceWrites);
+      if (slot < 0) continue;
+      slots.part[slot] = request.part;
+      operation.submitted(request.part);
+      this.outstanding++;
+      return true;
+    }
+    request.part.bounce?.release();
+    return false;
+  }
+
+  private becameIdle(): void {
+    this.keepAlive(false);
+    for (const resolve of this.whenIdle.splice(0)) resolve();
+  }
+
+  private keepAlive(yes: boolean): void {
+    for (const { queue } of this.slots) queue.keepsAlive = yes;
+  }
+}
+
+function noQueueLeft(): VirtioError {
+  return new VirtioError("ERR_VIRTIO_QUEUES", "every queue was taken by takeQueue(); open the device with more queues");
+}
+
+function asFatal(error: unknown): VirtioError {
+  if (error instanceof VirtioError) return error;
+  return new VirtioError("ERR_VIRTIO_QUEUE_BROKEN", `the queue cannot go on: ${String(error)}`, { cause: error });
+}
