@@ -35,8 +35,8 @@
 #define RWF_NOWAIT 8
 #endif
 
-/* Descriptors in one message: what rust-vmm caps at, and four times what any vhost-user request carries. */
-enum { MAX_FDS = 32 };
+/* Descriptors in one message: what the kernel sends (SCM_MAX_FD), and what we take; rust-vmm takes 32, too. */
+enum { MAX_SENT_FDS = 253, MAX_FDS = 32 };
 
 /*
  * libuv's poll handle, declared by hand so that building needs no uv.h. The handle stays opaque: its size is asked
@@ -85,8 +85,10 @@ static bool to_bytes(napi_env env, napi_value value, napi_typedarray_type type, 
 /* A NUL-terminated string; -errno when it does not fit. */
 static int to_string(napi_env env, napi_value value, char *into, size_t size) {
   size_t length;
-  if (napi_get_value_string_utf8(env, value, into, size, &length) != napi_ok) return -EINVAL;
-  return length < size - 1 ? 0 : -ENAMETOOLONG;
+  if (napi_get_value_string_utf8(env, value, NULL, 0, &length) != napi_ok) return -EINVAL;
+  if (length >= size) return -ENAMETOOLONG;
+  napi_get_value_string_utf8(env, value, into, size, &length);
+  return 0;
 }
 
 static napi_value from_long(napi_env env, int64_t number) {
@@ -492,11 +494,6 @@ static napi_value socketpair_(napi_env env, napi_callback_info info) {
   return from_result(env, socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, into));
 }
 
-union control {
-  struct cmsghdr header;
-  char bytes[CMSG_SPACE(MAX_FDS * sizeof(int))];
-};
-
 /* sendmsg(fd, bytes, fds: Int32Array, count): bytes sent, maybe fewer than given */
 static napi_value sendmsg_(napi_env env, napi_callback_info info) {
   napi_value args[MAX_ARGS];
@@ -505,12 +502,16 @@ static napi_value sendmsg_(napi_env env, napi_callback_info info) {
   size_t length, room;
   int fd = to_int(env, args[0]), count = to_int(env, args[3]);
   if (!to_bytes(env, args[1], napi_uint8_array, &bytes, &length) ||
-      !to_bytes(env, args[2], napi_int32_array, &fds, &room) || count < 0 || count > MAX_FDS || (size_t)count > room) {
+      !to_bytes(env, args[2], napi_int32_array, &fds, &room) || count < 0 || count > MAX_SENT_FDS ||
+      (size_t)count > room) {
     return from_long(env, -EINVAL);
   }
   struct iovec part = {bytes, length};
   struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-  union control control;
+  union {
+    struct cmsghdr header;
+    char bytes[CMSG_SPACE(MAX_SENT_FDS * sizeof(int))];
+  } control;
   if (count > 0) {
     memset(&control, 0, sizeof control);
     message.msg_control = &control;
@@ -543,7 +544,10 @@ static napi_value recvmsg_(napi_env env, napi_callback_info info) {
   }
   int32_t *fds = data, count = 0;
   struct iovec part = {bytes, length};
-  union control control;
+  union {
+    struct cmsghdr header;
+    char bytes[CMSG_SPACE(MAX_FDS * sizeof(int))];
+  } control;
   struct msghdr message = {
       .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
   ssize_t result;
@@ -551,10 +555,10 @@ static napi_value recvmsg_(napi_env env, napi_callback_info info) {
   while (result == -1 && errno == EINTR);
   fds[0] = 0;
   if (result == -1) return from_result(env, result);
-  for (struct cmsghdr *part = CMSG_FIRSTHDR(&message); part != NULL; part = CMSG_NXTHDR(&message, part)) {
-    if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
-    int32_t arrived = (int32_t)((part->cmsg_len - CMSG_LEN(0)) / sizeof(int));
-    memcpy(fds + 1 + count, CMSG_DATA(part), (size_t)arrived * sizeof(int)); /* control has room for MAX_FDS only */
+  for (struct cmsghdr *item = CMSG_FIRSTHDR(&message); item != NULL; item = CMSG_NXTHDR(&message, item)) {
+    if (item->cmsg_level != SOL_SOCKET || item->cmsg_type != SCM_RIGHTS) continue;
+    int32_t arrived = (int32_t)((item->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+    memcpy(fds + 1 + count, CMSG_DATA(item), (size_t)arrived * sizeof(int)); /* control has room for MAX_FDS only */
     count += arrived;
   }
   if (message.msg_flags & MSG_CTRUNC) {

@@ -42,7 +42,7 @@ export class DeviceBuffer {
     this.#pool = pool;
     this.region = region;
     this.length = length;
-    this.iovaLo = iova % UPPER_HALF >>> 0;
+    this.iovaLo = (iova % UPPER_HALF) >>> 0;
     this.iovaHi = Math.floor(iova / UPPER_HALF);
     this.#bytes = new Uint8Array(region.buffer, iova - region.iova, length);
   }
@@ -174,6 +174,7 @@ export class BufferPool {
     this.#checkOpen();
     const size = roundUp(checkInteger("length", length, 1));
     for (const [region, runs] of this.#runs) {
+      if (region.buffer.byteLength === 0) throw closed("a region of the pool was closed");
       const iova = runs.take(size, GRANULE_BYTES);
       if (iova < 0) continue;
       this.#lent += size;
@@ -210,12 +211,16 @@ export class BufferPool {
   }
 
   #checkOpen(): void {
-    if (this.#closed) throw new VirtioError("ERR_VIRTIO_CLOSED", "the buffer pool is closed; open the device again");
+    if (this.#closed) throw closed("the buffer pool is closed");
   }
 }
 
 function roundUp(length: number): number {
   return Math.ceil(length / GRANULE_BYTES) * GRANULE_BYTES;
+}
+
+function closed(what: string): VirtioError {
+  return new VirtioError("ERR_VIRTIO_CLOSED", `${what}; open the device again`);
 }
 
 function alreadyReleased(what: string): VirtioError {
