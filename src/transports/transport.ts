@@ -39,6 +39,11 @@ export interface WaitOptions {
   readonly signal?: AbortSignal;
 }
 
+/** The bounds of a wait out of larger options, to be handed on to one that takes nothing else. */
+export function waitOptions({ timeout, signal }: WaitOptions): WaitOptions {
+  return { ...(timeout !== undefined && { timeout }), ...(signal !== undefined && { signal }) };
+}
+
 /**
  * A way to reach a virtio device. The order of use is that of virtio 1.3, 3.1.1: connect (reset,
  * ACKNOWLEDGE, DRIVER), `negotiate` (FEATURES_OK), `readConfig`, `mapMemory`, `startQueues` (DRIVER_OK),

@@ -66,6 +66,8 @@ export class SplitRing {
   private readonly trailerOffset: number;
   private readonly trailerLength: number;
   private readonly frameIndirect: boolean;
+  /** With tables: free descriptors from which on framed requests use the ring itself. */
+  private readonly directReserve: number;
 
   /** Link of each descriptor in the free list, and from then on in its chain. */
   private readonly next: Uint16Array;
@@ -122,6 +124,7 @@ export class SplitRing {
     this.trailerOffset = frame?.trailerOffset ?? 0;
     this.trailerLength = frame?.trailerLength ?? 0;
     this.frameIndirect = this.tableEntries >= FRAME_ELEMENTS;
+    this.directReserve = Math.max(FRAME_ELEMENTS - 1, n >> 1);
 
     this.next = Uint16Array.from({ length: n }, (_, i) => (i + 1) & this.mask);
     this.last = new Uint16Array(n);
@@ -187,7 +190,9 @@ export class SplitRing {
     const head = this.freeHead;
     const flags = isWritable ? VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE : VIRTQ_DESC_F_NEXT;
     const writable = isWritable ? length + this.trailerLength : this.trailerLength;
-    if (this.frameIndirect) {
+    // Three descriptors in the ring cost the device less than a table that it has to fetch. Tables, which
+    // take one, keep the second half of the ring good for as many requests as it has descriptors.
+    if (this.frameIndirect && this.numFree <= this.directReserve) {
       if (this.numFree === 0) return -1;
       if (this.shape[head] !== SHAPE_FRAME_INDIRECT) this.prepareIndirect(head);
       const at = (head * this.tableEntries + 1) * DESC_WORDS;

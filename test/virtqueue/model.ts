@@ -135,7 +135,10 @@ export class Pair {
     const data = this.element(seed, writable);
     const address = BASE + data.offset;
     const slot = this.driver.addFramed(address | 0, Math.floor(address / 2 ** 32), data.length, writable);
-    const ringCount = this.options.tableEntries >= 3 ? 1 : 3;
+    // Split rings use a table only when half of the descriptors, or less than three, are left.
+    const { queueSize, packed, tableEntries } = this.options;
+    const indirect = tableEntries >= 3 && (packed || this.freeDescriptors <= Math.max(2, queueSize / 2));
+    const ringCount = indirect ? 1 : 3;
     if (ringCount > this.freeDescriptors) {
       assert.equal(slot, -1, "addFramed() must refuse a request for which there is no room");
       return;

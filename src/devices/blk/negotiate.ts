@@ -12,7 +12,7 @@ import {
   SECTOR_SIZE,
   VIRTIO_ID_BLOCK,
 } from "../../protocol/blk.js";
-import type { VirtioTransport } from "../../transports/transport.js";
+import { type VirtioTransport, waitOptions } from "../../transports/transport.js";
 import { alignUp, DESC_ALIGN, VirtioFeature } from "../../virtqueue/index.js";
 import { blkLimits } from "./limits.js";
 import type { OpenBlockOptions } from "./options.js";
@@ -57,7 +57,7 @@ export async function negotiateBlk(transport: VirtioTransport, options: OpenBloc
     );
   }
   if ((offeredFeatures & BlkFeature.ZONED) !== 0n && transport.hasConfig) {
-    const [model] = await transport.readConfig(BLK_CONFIG_ZONED_MODEL_OFFSET, 1, options);
+    const [model] = await transport.readConfig(BLK_CONFIG_ZONED_MODEL_OFFSET, 1, waitOptions(options));
     if (model === BLK_ZONED_HOST_MANAGED) {
       throw new VirtioError(
         "ERR_VIRTIO_FEATURES",
@@ -65,7 +65,7 @@ export async function negotiateBlk(transport: VirtioTransport, options: OpenBloc
       );
     }
   }
-  return transport.negotiate(wantedFeatures(options), options);
+  return transport.negotiate(wantedFeatures(options), waitOptions(options));
 }
 
 /**
@@ -87,7 +87,8 @@ export async function readBlkConfig(
     }
     return { capacity: BigInt(options.capacity) / BigInt(SECTOR_SIZE) };
   }
-  const config = decodeBlkConfig(await transport.readConfig(0, blkConfigSize(features), options), features);
+  const bytes = await transport.readConfig(0, blkConfigSize(features), waitOptions(options));
+  const config = decodeBlkConfig(bytes, features);
   if (config.capacity * BigInt(SECTOR_SIZE) > BigInt(Number.MAX_SAFE_INTEGER)) {
     throw new VirtioError(
       "ERR_VIRTIO_CONFIG",
@@ -132,7 +133,7 @@ export async function startBlkQueues(
   const stride = alignUp(VirtioBlkQueue.bytesNeeded(shape), QUEUE_ALIGN);
   const bounceStart = wanted * stride;
   const poolStart = bounceStart + BOUNCE_BYTES;
-  const region = await transport.mapMemory(poolStart + POOL_BYTES, options);
+  const region = await transport.mapMemory(poolStart + POOL_BYTES, waitOptions(options));
 
   const queues: VirtioBlkQueue[] = [];
   for (let index = 0; index < wanted; index++) {
@@ -147,7 +148,7 @@ export async function startBlkQueues(
 
   const notifiers = await transport.startQueues(
     queues.map((queue) => queue.setup),
-    options,
+    waitOptions(options),
   );
   queues.forEach((queue, i) => {
     queue.start(notifiers[i], mode);
