@@ -81,6 +81,11 @@ export const BLK_CONFIG_SIZE = 72;
 /** Offset of `writeback`, the only field that a driver may write. */
 export const BLK_CONFIG_WRITEBACK_OFFSET = 32;
 
+/** Offset of `zoned.model`, behind the fields that this project reads otherwise. */
+export const BLK_CONFIG_ZONED_MODEL_OFFSET = 92;
+/** `VIRTIO_BLK_Z_HM` of `zoned.model`: a host-managed device, useless without zone commands. */
+export const BLK_ZONED_HOST_MANAGED = 1;
+
 /** `struct virtio_blk_config` (5.2.4); a field whose feature is not there is undefined. */
 export interface BlkConfig {
   /** Size of the disk in sectors of 512 bytes. */

@@ -2,6 +2,17 @@
 
 export * from "./defs.js";
 export { featureNames, VirtioFeature } from "./features.js";
-export { type LayoutArea, type LayoutField, VirtqueueLayout, type VirtqueueLayoutOptions } from "./layout.js";
+export {
+  alignUp,
+  isPowerOfTwo,
+  type LayoutArea,
+  type LayoutField,
+  VirtqueueLayout,
+  type VirtqueueLayoutOptions,
+} from "./layout.js";
 export type { IndirectTables, RequestFrame } from "./ring.js";
 export { Virtqueue, type VirtqueueOptions } from "./virtqueue.js";
+export { DescriptorChain } from "./device-chain.js";
+export { DeviceMemory } from "./device-memory.js";
+export { DeviceVirtqueue, type DeviceVirtqueueOptions, ringAreas, type RingAreaShape } from "./device.js";
+export type { RingArea } from "./device-ring.js";

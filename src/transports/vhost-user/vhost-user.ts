@@ -28,6 +28,8 @@ export type VhostUserTarget = string | { readonly path: string } | { readonly fd
 export interface VhostUserOptions extends WaitOptions {
   /** Milliseconds that this and every later operation waits at most, unless it says otherwise. Default 10000. */
   readonly timeout?: number;
+  /** Runs once the connection is closed, and `close` waits for it: to stop a back-end that was started for it. */
+  readonly afterClose?: () => Promise<void>;
 }
 
 const U32_MAX = 0xffff_ffff;
@@ -77,6 +79,7 @@ export class VhostUser implements VirtioTransport {
   readonly #introduction: Introduction;
   readonly #memory: VhostUserMemory;
   readonly #queues: VhostUserQueues;
+  readonly #afterClose: (() => Promise<void>) | undefined;
   /** Changes of memory and queues, one after the other. */
   readonly #changes = new Serial();
   #features = 0n;
@@ -97,14 +100,15 @@ export class VhostUser implements VirtioTransport {
    */
   static async connect(target: VhostUserTarget, options: VhostUserOptions = {}): Promise<VhostUser> {
     const where = checkTarget(target);
-    const { timeout, signal } = checkWait(options, DEFAULT_TIMEOUT);
+    const { afterClose, ...wait } = options;
+    const { timeout, signal } = checkWait(wait, DEFAULT_TIMEOUT);
     signal?.throwIfAborted();
     const peer = `the back-end at ${"path" in where ? where.path : `descriptor ${where.fd}`}`;
     const channel = new RequestChannel("path" in where ? connectUnix(where.path) : where.fd, peer);
     try {
       const waits = new Waits(timeout, () => channel.waitingFor);
-      const introduction = await waits.during(() => introduce(channel, peer), options);
-      return new VhostUser(where, peer, timeout, channel, waits, introduction);
+      const introduction = await waits.during(() => introduce(channel, peer), wait);
+      return new VhostUser(where, peer, timeout, channel, waits, introduction, afterClose);
     } catch (error) {
       channel.close(new VirtioError("ERR_VIRTIO_CLOSED", "the connection was given up", { cause: error }));
       throw error;
@@ -118,7 +122,9 @@ export class VhostUser implements VirtioTransport {
     channel: RequestChannel,
     waits: Waits,
     introduction: Introduction,
+    afterClose: (() => Promise<void>) | undefined,
   ) {
+    this.#afterClose = afterClose;
     this.address = "path" in where ? `vhost-user:${where.path}` : `vhost-user:descriptor ${where.fd}`;
     this.offeredFeatures = introduction.offeredFeatures;
     this.protocolFeatures = introduction.protocolFeatures;
@@ -308,6 +314,7 @@ export class VhostUser implements VirtioTransport {
     this.#end(closed);
     this.#queues.close();
     this.#memory.close();
+    await this.#afterClose?.();
   }
 
   /** Run a change of memory or queues after those before it; `undo` it when it ends after the wait for it. */

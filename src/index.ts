@@ -1,0 +1,41 @@
+/** The public face of virtio-driver: open a device, drive it, or build on its parts. */
+
+export { openBlock } from "./address.js";
+export {
+  BlockDevice,
+  type BlockInfo,
+  type BlockRange,
+  type BlkLimits,
+  type CacheMode,
+  type CompletionMode,
+  type DataSegment,
+  type Memory,
+  type OpenBlockOptions,
+  type ReadResult,
+  type TransferOptions,
+  VirtioBlkQueue,
+  type VirtioBlkQueueOptions,
+  type WriteResult,
+} from "./devices/blk/index.js";
+export { ERR_VIRTIO_ARGUMENT, VirtioError, type VirtioErrorCode, type VirtioErrorDetails } from "./errors.js";
+export { BufferPool, DeviceBuffer, IovaSpace, MemoryRegion } from "./memory/index.js";
+export {
+  type QueueNotifier,
+  type QueueSetup,
+  VhostUser,
+  type VhostUserOptions,
+  type VhostUserTarget,
+  type VirtioTransport,
+  type WaitOptions,
+} from "./transports/index.js";
+export {
+  type IndirectTables,
+  type LayoutArea,
+  type LayoutField,
+  type RequestFrame,
+  VirtioFeature,
+  Virtqueue,
+  VirtqueueLayout,
+  type VirtqueueLayoutOptions,
+  type VirtqueueOptions,
+} from "./virtqueue/index.js";
