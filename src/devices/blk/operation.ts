@@ -172,7 +172,11 @@ export class TransferOperation extends Operation {
     const bounce = take(length);
     if (bounce === undefined) return undefined;
     if (this.type === BlkRequestType.OUT) copyPieces(this.memory, start, bounce.bytes, length, true);
-    return { sector, segments: [{ buffer: bounce, offset: 0, length }], part: { operation: this, start, length, bounce } };
+    return {
+      sector,
+      segments: [{ buffer: bounce, offset: 0, length }],
+      part: { operation: this, start, length, bounce },
+    };
   }
 
   protected advance(part: Part): void {

@@ -11,7 +11,14 @@ import {
 } from "../../protocol/blk.js";
 import { FdWatcher } from "../../sys/index.js";
 import type { QueueNotifier, QueueSetup } from "../../transports/transport.js";
-import { DESC_SIZE, type IndirectTables, VirtioFeature, Virtqueue, VirtqueueLayout } from "../../virtqueue/index.js";
+import {
+  DESC_SIZE,
+  type IndirectTables,
+  VIRTQUEUE_MAX_SIZE,
+  VirtioFeature,
+  Virtqueue,
+  VirtqueueLayout,
+} from "../../virtqueue/index.js";
 import type { BlkLimits } from "./limits.js";
 
 /** A stretch of a lent buffer: one data element, or several when the device's `size_max` is smaller. */
@@ -46,6 +53,7 @@ export type CompletionMode = "event" | "poll";
 // struct virtio_blk_req around its data, in the slot's request memory: header @0, status @16. Half a cache
 // line each, so that two requests share one line and none straddles two.
 const REQUEST_SIZE = 32;
+const REQUEST_WORDS = REQUEST_SIZE / 4;
 const STATUS_OFFSET = BLK_HEADER_SIZE;
 const REQUEST = { size: REQUEST_SIZE, align: 16 } as const;
 const FRAME = { headerLength: BLK_HEADER_SIZE, trailerOffset: STATUS_OFFSET, trailerLength: BLK_STATUS_SIZE } as const;
@@ -99,7 +107,8 @@ export class VirtioBlkQueue {
   private readonly queue: Virtqueue;
   private readonly words: Int32Array;
   private readonly bytes: Uint8Array;
-  private readonly requestWords: number;
+  private readonly requestLo: number;
+  private readonly requestHi: number;
   private readonly types: Uint8Array;
   private readonly lent: (DeviceBuffer | undefined)[];
   private readonly lentMore: (readonly DataSegment[] | undefined)[];
@@ -107,6 +116,7 @@ export class VirtioBlkQueue {
   private watcher: FdWatcher | undefined;
   private currentMode: CompletionMode = "poll";
   private resume: NodeJS.Immediate | undefined;
+  private readonly wakeAgain = (): void => this.wake();
 
   /** Bytes of device memory that a queue needs, 16-aligned; see `VirtioBlkQueueOptions.memory`. */
   static bytesNeeded(options: Pick<VirtioBlkQueueOptions, "queueSize" | "features" | "limits">): number {
@@ -116,7 +126,7 @@ export class VirtioBlkQueue {
   constructor(options: VirtioBlkQueueOptions) {
     const { index, queueSize, features, limits, memory } = options;
     const layout = blkLayout(options);
-    if (queueSize < MIN_ELEMENTS) throw rangeError("queueSize", "at least 3, a request with data has 3 elements", queueSize);
+    checkInteger("queueSize", queueSize, MIN_ELEMENTS, VIRTQUEUE_MAX_SIZE);
     this.index = index;
     this.queueSize = queueSize;
     this.limits = limits;
@@ -130,8 +140,9 @@ export class VirtioBlkQueue {
       driverArea: memory.iova + layout.driverAreaOffset,
       deviceArea: memory.iova + layout.deviceAreaOffset,
     };
-    this.requestWords = REQUEST_SIZE / 4;
-    this.words = new Int32Array(memory.buffer, this.queue.requestOffset, queueSize * this.requestWords);
+    this.requestLo = (memory.iova + layout.reqOffset) % 2 ** 32;
+    this.requestHi = Math.floor(memory.iova / 2 ** 32);
+    this.words = new Int32Array(memory.buffer, this.queue.requestOffset, queueSize * REQUEST_WORDS);
     this.bytes = new Uint8Array(memory.buffer, this.queue.requestOffset, queueSize * REQUEST_SIZE);
     this.words.fill(0);
     this.types = new Uint8Array(queueSize);
@@ -172,7 +183,7 @@ export class VirtioBlkQueue {
     }
     this.watcher = new FdWatcher(this.notifier.completion.fd, { drain: true }, () => this.wake());
     this.watcher.unref();
-    if (this.queue.enableNotifications()) this.resume = setImmediate(() => this.wake());
+    if (this.queue.enableNotifications()) this.resume = setImmediate(this.wakeAgain);
   }
 
   /** Let a waiting queue hold the process alive, or not. It does not at first. */
@@ -229,10 +240,8 @@ export class VirtioBlkQueue {
     const queue = this.queue;
     const slot = queue.begin(elements + 2);
     if (slot < 0) return -1;
-    const { iova, reqOffset } = this.chainAddresses;
-    const requestLo = (iova + reqOffset + slot * REQUEST_SIZE) | 0;
-    const requestHi = Math.floor(iova / 2 ** 32);
-    queue.push(requestLo, requestHi, BLK_HEADER_SIZE, false);
+    const requestLo = (this.requestLo + slot * REQUEST_SIZE) | 0;
+    queue.push(requestLo, this.requestHi, BLK_HEADER_SIZE, false);
     for (const { buffer, offset, length } of segments) {
       for (let done = 0; done < length; done += maxSegmentBytes) {
         const piece = Math.min(maxSegmentBytes, length - done);
@@ -241,7 +250,7 @@ export class VirtioBlkQueue {
       }
       buffer.retain();
     }
-    queue.push((requestLo + STATUS_OFFSET) | 0, requestHi, BLK_STATUS_SIZE, true);
+    queue.push((requestLo + STATUS_OFFSET) | 0, this.requestHi, BLK_STATUS_SIZE, true);
     queue.commit();
     this.writeHeader(slot, type, sector);
     this.lentMore[slot] = segments;
@@ -316,7 +325,7 @@ export class VirtioBlkQueue {
 
   /** Fill in `struct virtio_blk_req` of a slot; `reserved` stays 0 from the start. */
   private writeHeader(slot: number, type: number, sector: number): void {
-    const at = slot * this.requestWords;
+    const at = slot * REQUEST_WORDS;
     this.words[at] = type;
     this.words[at + 2] = sector | 0;
     this.words[at + 3] = sector > 0xffffffff ? Math.floor(sector / 2 ** 32) : 0;
@@ -347,32 +356,30 @@ export class VirtioBlkQueue {
     }
   }
 
-  private get chainAddresses(): { iova: number; reqOffset: number } {
-    return { iova: this.setup.descriptorArea, reqOffset: this.queue.layout.reqOffset };
-  }
-
-  /** A notification came: reap until nothing is left, then ask for the next one. */
+  /** A notification came, or a turn was given up: reap until nothing is left, then ask for the next one. */
   private wake(): void {
     clearImmediate(this.resume);
-    this.resume = undefined;
-    let rest = TURN_BUDGET * this.queueSize;
-    let done = false;
-    try {
-      do rest -= this.poll(rest);
-      while (rest > 0 && this.watcher !== undefined && this.queue.enableNotifications());
-      done = rest > 0;
-    } catch (error) {
-      done = true;
-      if (!(error instanceof VirtioError && error.code === "ERR_VIRTIO_QUEUE_BROKEN")) {
-        // A callback threw: that goes its normal way, but the completions behind it must not be lost.
-        done = false;
-        throw error;
+    // Whatever happens below, a budget that is spent or a callback that throws, the rest is looked after.
+    this.resume = setImmediate(this.wakeAgain);
+    for (let rest = TURN_BUDGET * this.queueSize; rest > 0; ) {
+      rest -= this.reap(rest);
+      if (rest > 0 && (this.watcher === undefined || !this.queue.enableNotifications())) {
+        clearImmediate(this.resume);
+        this.resume = undefined;
+        return;
       }
+    }
+  }
+
+  /** `poll` for the event loop: a queue that breaks is reported and stopped. */
+  private reap(limit: number): number {
+    try {
+      return this.poll(limit);
+    } catch (error) {
+      if (!(error instanceof VirtioError && error.code === "ERR_VIRTIO_QUEUE_BROKEN")) throw error;
       this.stop();
       this.onError(error);
-    } finally {
-      // The budget is spent: others get their turn before the rest is reaped.
-      if (!done && this.watcher !== undefined) this.resume = setImmediate(() => this.wake());
+      return 0;
     }
   }
 }

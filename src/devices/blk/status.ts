@@ -18,7 +18,10 @@ export function blkError(type: number, status: number): VirtioError {
         `${name}: the device answered IOERR; look at its log, nothing is known about the data`,
       );
     case BlkStatus.UNSUPP:
-      return new VirtioError("ERR_VIRTIO_UNSUPPORTED", `${name}: the device answered UNSUPP; it does not do this request`);
+      return new VirtioError(
+        "ERR_VIRTIO_UNSUPPORTED",
+        `${name}: the device answered UNSUPP; it does not do this request`,
+      );
     case BLK_STATUS_UNWRITTEN:
       return new VirtioError(
         "ERR_VIRTIO_STATUS",
