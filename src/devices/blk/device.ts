@@ -319,9 +319,12 @@ export class BlockDevice {
       this.scheduler.setMode("event");
       await this.scheduler.idle(DRAIN_TIMEOUT);
     }
-    // The device must not touch the memory any more before anybody is told that a request has ended.
+    const closed = new VirtioError("ERR_VIRTIO_CLOSED", `${this.address} is closed; open it again`);
+    // From here on nobody looks at the memory, which is about to go. What is still in flight is told only when
+    // the device cannot touch it any more.
+    for (const queue of this.allQueues) queue.fail(closed);
     await this.transport.close();
-    this.endAll(new VirtioError("ERR_VIRTIO_CLOSED", `${this.address} is closed; open it again`));
+    this.endAll(closed);
   }
 
   private endAll(error: VirtioError): void {
