@@ -7,6 +7,10 @@ import { reportFailure } from "./failure.js";
 
 /** The subcommands, in the order in which the help lists them. A new one is a line here and a file. */
 const COMMANDS: Readonly<Record<string, () => Promise<{ readonly command: Command }>>> = {
+  info: () => import("./info.js"),
+  read: () => import("./read.js"),
+  write: () => import("./write.js"),
+  bench: () => import("./bench.js"),
   layout: () => import("./layout.js"),
 };
 

@@ -18,3 +18,19 @@ export function size(word: string): number {
     throw error instanceof RangeError ? new InvalidArgumentError("Sizes look like 512, 4K, 1M or 2GiB.") : error;
   }
 }
+
+/** Parser of a number of whole units at least 1. */
+export function positiveNumber(word: string): number {
+  const value = wholeNumber(word);
+  if (value === 0) throw new InvalidArgumentError("It must be at least 1.");
+  return value;
+}
+
+/** Parser of a time in seconds above 0, with a fraction or without: `2`, `0.5`. */
+export function seconds(word: string): number {
+  const value = Number(word);
+  if (!/^[0-9]*\.?[0-9]+$/.test(word) || value <= 0 || value > 86_400) {
+    throw new InvalidArgumentError("It is no number of seconds above 0 and up to a day.");
+  }
+  return value;
+}

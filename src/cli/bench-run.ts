@@ -1,0 +1,340 @@
+/** The measuring loops of `virtio bench`: they keep so many requests in flight, and count. */
+
+import { randomFillSync } from "node:crypto";
+import { setImmediate as nextTurn } from "node:timers/promises";
+import type { BlockDevice, VirtioBlkQueue } from "../devices/blk/index.js";
+import { blkError } from "../devices/blk/status.js";
+import { rangeError, VirtioError } from "../errors.js";
+import type { DeviceBuffer } from "../memory/index.js";
+import { BlkRequestType, SECTOR_SIZE } from "../protocol/blk.js";
+import { LatencyHistogram } from "./histogram.js";
+
+/** What to measure. */
+export interface BenchJob {
+  readonly isWrite: boolean;
+  readonly isRandom: boolean;
+  /** Bytes of a request. */
+  readonly blockSize: number;
+  /** Requests in flight. */
+  readonly depth: number;
+  readonly mode: "poll" | "event";
+  readonly api: "callback" | "promise";
+  /** Milliseconds before counting begins, in which the engine compiles what is hot. */
+  readonly rampMs: number;
+  /** Milliseconds of counting. */
+  readonly runMs: number;
+}
+
+/** What was measured. */
+export interface BenchResult {
+  /** Milliseconds of counting. */
+  readonly ms: number;
+  /** Latencies of the requests that completed in that time. */
+  readonly latency: LatencyHistogram;
+  /** Processor time that this process used in that time, in microseconds. */
+  readonly cpuMicros: number;
+}
+
+/** Polls between two turns of the event loop, in which a lost device is noticed: a millisecond or more. */
+const POLLS_PER_TURN = 50_000;
+/** Milliseconds without a completion after which the device counts as dead. */
+const SILENCE_MS = 10_000;
+const NOTHING = Promise.resolve();
+
+/** Run one job on an open device that nobody else uses. */
+export async function runBench(disk: BlockDevice, job: BenchJob): Promise<BenchResult> {
+  if (job.blockSize % disk.blockSize !== 0 || job.blockSize === 0 || job.blockSize > disk.capacity) {
+    throw rangeError("--bs", `a multiple of ${disk.blockSize}, at most ${disk.capacity}`, job.blockSize);
+  }
+  const meter = new Meter(job);
+  const targets = new Targets(job, disk.capacity);
+  const memory = await disk.allocate(job.depth * job.blockSize);
+  if (job.isWrite) fillWithNoise(memory.bytes);
+  meter.start();
+  if (job.api === "promise") await runPromises(disk, job, meter, targets, memory);
+  else if (job.mode === "poll") await new CallbackRun(disk, job, meter, targets, memory).poll();
+  else await new CallbackRun(disk, job, meter, targets, memory).listen();
+  return meter.result();
+}
+
+/**
+ * The clock and the counts. One look at the clock serves a whole batch of completions: it costs as much as a
+ * tenth of a request.
+ */
+class Meter {
+  /** Whether requests are to be kept in flight. */
+  isRunning = true;
+  private readonly latency = new LatencyHistogram();
+  private readonly job: BenchJob;
+  private time = 0;
+  /** Whether the next {@link now} looks at the clock. */
+  isStale = true;
+  private isCounting = false;
+  private rampEnd = 0;
+  private begin = 0;
+  private end = 0;
+  private cpu = { user: 0, system: 0 };
+
+  constructor(job: BenchJob) {
+    this.job = job;
+  }
+
+  /** Begin the ramp. */
+  start(): void {
+    this.rampEnd = this.now() + this.job.rampMs;
+    this.forget();
+  }
+
+  /** Milliseconds, as read first since the last {@link forget}. */
+  now(): number {
+    if (this.isStale) this.look();
+    return this.time;
+  }
+
+  /** The next {@link now} looks at the clock again. */
+  forget(): void {
+    this.isStale = true;
+  }
+
+  /** Count a request that was submitted at `since` and completed at `now`. */
+  completed(since: number, now: number): void {
+    if (this.isCounting) this.latency.record((now - since) * 1e6);
+  }
+
+  /** @throws VirtioError ERR_VIRTIO_TIMEOUT when nothing has completed for long. */
+  throwIfSilent(): void {
+    if (performance.now() - this.time < SILENCE_MS) return;
+    throw new VirtioError(
+      "ERR_VIRTIO_TIMEOUT",
+      `no request completed in ${SILENCE_MS} ms; see whether the device runs`,
+    );
+  }
+
+  /** The counts, once {@link isRunning} is false. */
+  result(): BenchResult {
+    const { user, system } = this.cpu;
+    return { ms: this.end - this.begin, latency: this.latency, cpuMicros: user + system };
+  }
+
+  private look(): void {
+    this.time = performance.now();
+    this.isStale = false;
+    if (this.isCounting && this.time >= this.begin + this.job.runMs) {
+      this.isCounting = false;
+      this.isRunning = false;
+      this.end = this.time;
+      this.cpu = process.cpuUsage(this.cpu);
+    } else if (this.isRunning && !this.isCounting && this.rampEnd > 0 && this.time >= this.rampEnd) {
+      this.isCounting = true;
+      this.begin = this.time;
+      this.cpu = process.cpuUsage();
+    }
+  }
+}
+
+/** Where the next request goes: block after block, or anywhere. */
+class Targets {
+  private readonly blocks: number;
+  private readonly isRandom: boolean;
+  private state = 0x2545f491;
+  private next = 0;
+
+  constructor(job: BenchJob, capacity: number) {
+    this.blocks = Math.floor(capacity / job.blockSize);
+    this.isRandom = job.isRandom;
+  }
+
+  /** Number of a block of the job's size. */
+  take(): number {
+    if (this.isRandom) {
+      // xorshift32: cheap, and good enough to defeat caches.
+      let x = this.state;
+      x ^= x << 13;
+      x ^= x >>> 17;
+      x ^= x << 5;
+      this.state = x;
+      return Math.floor(((x >>> 0) / 2 ** 32) * this.blocks);
+    }
+    const block = this.next;
+    this.next = block + 1 === this.blocks ? 0 : block + 1;
+    return block;
+  }
+}
+
+/** Requests by callbacks on one queue; nothing is allocated per request. */
+class CallbackRun {
+  private readonly queue: VirtioBlkQueue;
+  private readonly job: BenchJob;
+  private readonly meter: Meter;
+  private readonly targets: Targets;
+  private readonly memory: DeviceBuffer;
+  private readonly sectorsPerBlock: number;
+  /** By slot of the queue: when its request was submitted, and which part of the memory it uses. */
+  private readonly since: Float64Array;
+  private readonly part: Int32Array;
+  private active = 0;
+  private failedStatus = 0;
+  private kickScheduled = false;
+
+  constructor(disk: BlockDevice, job: BenchJob, meter: Meter, targets: Targets, memory: DeviceBuffer) {
+    this.queue = disk.takeQueue();
+    this.job = job;
+    this.meter = meter;
+    this.targets = targets;
+    this.memory = memory;
+    this.sectorsPerBlock = job.blockSize / SECTOR_SIZE;
+    this.since = new Float64Array(this.queue.queueSize);
+    this.part = new Int32Array(this.queue.queueSize);
+    this.queue.onComplete = (slot, status) => this.complete(slot, status);
+  }
+
+  /** Poll without a pause, but for a turn of the event loop now and then. */
+  async poll(): Promise<void> {
+    const { queue, meter } = this;
+    queue.mode = "poll";
+    this.fill();
+    while (this.active > 0) {
+      for (let polls = 0; polls < POLLS_PER_TURN && this.active > 0; polls++) {
+        if (queue.poll() === 0) continue;
+        queue.kick();
+        meter.forget();
+      }
+      this.throwIfFailed();
+      meter.throwIfSilent();
+      await nextTurn();
+    }
+    this.throwIfFailed();
+  }
+
+  /** Let notifications of the device say when something has completed. */
+  async listen(): Promise<void> {
+    const { queue, meter } = this;
+    queue.mode = "event";
+    const kick = (): void => {
+      this.kickScheduled = false;
+      queue.kick();
+      meter.forget();
+    };
+    const done = new Promise<void>((resolve, reject) => {
+      queue.onError = reject;
+      queue.onComplete = (slot, status) => {
+        this.complete(slot, status);
+        if (this.active === 0) resolve();
+        if (this.kickScheduled) return;
+        this.kickScheduled = true;
+        queueMicrotask(kick);
+      };
+    });
+    this.fill();
+    await unlessSilent(meter, done);
+    this.throwIfFailed();
+  }
+
+  private fill(): void {
+    for (let part = 0; part < this.job.depth; part++) this.submit(part);
+    this.queue.kick();
+    this.meter.forget();
+  }
+
+  private submit(part: number): void {
+    const { blockSize, isWrite } = this.job;
+    const sector = this.targets.take() * this.sectorsPerBlock;
+    const slot = isWrite
+      ? this.queue.submitWrite(sector, this.memory, part * blockSize, blockSize)
+      : this.queue.submitRead(sector, this.memory, part * blockSize, blockSize);
+    if (slot < 0)
+      throw rangeError("--iodepth", `at most ${this.active}, the ring has no room for more`, this.job.depth);
+    this.since[slot] = this.meter.now();
+    this.part[slot] = part;
+    this.active++;
+  }
+
+  private complete(slot: number, status: number): void {
+    this.active--;
+    if (status !== 0) this.failedStatus = status;
+    this.meter.completed(this.since[slot], this.meter.now());
+    if (this.meter.isRunning && this.failedStatus === 0) this.submit(this.part[slot]);
+  }
+
+  private throwIfFailed(): void {
+    if (this.failedStatus !== 0)
+      throw blkError(this.job.isWrite ? BlkRequestType.OUT : BlkRequestType.IN, this.failedStatus);
+  }
+}
+
+/** Requests by promises: as many loops as requests in flight, each as a program would write it. */
+async function runPromises(
+  disk: BlockDevice,
+  job: BenchJob,
+  meter: Meter,
+  targets: Targets,
+  memory: DeviceBuffer,
+): Promise<void> {
+  const { blockSize: length, isWrite } = job;
+  const forget = (): void => meter.forget();
+  // All that completes in the same turn of the event loop shares one look at the clock.
+  const now = (): number => {
+    if (meter.isStale && job.mode === "event") process.nextTick(forget);
+    return meter.now();
+  };
+  const loop = async (part: number): Promise<void> => {
+    const offset = part * length;
+    while (meter.isRunning) {
+      const since = now();
+      const options = { position: targets.take() * length, offset, length };
+      if (isWrite) await disk.write(memory, options);
+      else await disk.read(memory, options);
+      meter.completed(since, now());
+    }
+  };
+  let isDone = false;
+  disk.mode = job.mode;
+  const loops = Promise.all(Array.from({ length: job.depth }, (_, part) => loop(part)))
+    .then(
+      () => undefined,
+      (error: unknown) => {
+        meter.isRunning = false;
+        throw error;
+      },
+    )
+    .finally(() => {
+      isDone = true;
+    });
+  const polled = async (): Promise<void> => {
+    while (!isDone) {
+      for (let polls = 0; polls < POLLS_PER_TURN && !isDone; polls++) {
+        disk.poll();
+        await NOTHING; // the continuations of what completed run here
+        meter.forget();
+      }
+      await nextTurn();
+    }
+    return loops;
+  };
+  await unlessSilent(meter, job.mode === "poll" ? polled() : loops);
+}
+
+/** Wait for `work`, but not for a device that has fallen silent. */
+async function unlessSilent(meter: Meter, work: Promise<void>): Promise<void> {
+  let watchdog: NodeJS.Timeout | undefined;
+  const silence = new Promise<never>((_, reject) => {
+    watchdog = setInterval(() => {
+      try {
+        meter.throwIfSilent();
+      } catch (error) {
+        reject(error);
+      }
+    }, 1000);
+  });
+  try {
+    await Promise.race([work, silence]);
+  } finally {
+    clearInterval(watchdog);
+  }
+}
+
+/** Fill memory with bytes that do not compress. */
+function fillWithNoise(bytes: Uint8Array): void {
+  const noise = randomFillSync(new Uint8Array(Math.min(bytes.length, 1 << 20)));
+  for (let at = 0; at < bytes.length; at += noise.length) bytes.set(noise.subarray(0, bytes.length - at), at);
+}

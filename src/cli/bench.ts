@@ -1,0 +1,149 @@
+/** `virtio bench`: how many requests a second, how fast each, at what cost. */
+
+import { Command, Option } from "commander";
+import type { BlockInfo } from "../index.js";
+import type { BenchJob, BenchResult } from "./bench-run.js";
+import {
+  addressArgument,
+  checkConsent,
+  type DeviceFlags,
+  withConsentOption,
+  withDevice,
+  withDeviceOptions,
+} from "./device.js";
+import { formatBytes, formatCount, formatNs } from "./format.js";
+import { positiveNumber, seconds, size } from "./options.js";
+import { columns } from "./table.js";
+import { narrate } from "./terminal.js";
+
+/** Milliseconds before counting begins. */
+const RAMP_MS = 300;
+
+interface BenchFlags extends DeviceFlags {
+  readonly rw: "randread" | "randwrite" | "read" | "write";
+  readonly bs: number;
+  readonly iodepth: number;
+  readonly runtime: number;
+  readonly mode: BenchJob["mode"];
+  readonly api: BenchJob["api"];
+  readonly json?: true;
+  readonly yesOverwrite?: true;
+}
+
+/** The subcommand. */
+export const command = withConsentOption(
+  withDeviceOptions(
+    new Command("bench")
+      .description("Measure a block device: requests a second, latency, processor time.")
+      .addArgument(addressArgument())
+      .addOption(
+        new Option("--rw <pattern>", "what to do")
+          .choices(["randread", "randwrite", "read", "write"])
+          .default("randread"),
+      )
+      .option("--bs <size>", "bytes of a request", size, 4096)
+      .option("--iodepth <n>", "requests in flight", positiveNumber, 32)
+      .option("--runtime <seconds>", "how long to count; a ramp of 0.3 s comes before", seconds, 2)
+      .addOption(
+        new Option("--mode <mode>", "poll burns a core and is fast; event sleeps")
+          .choices(["poll", "event"])
+          .default("poll"),
+      )
+      .addOption(
+        new Option("--api <api>", "callback allocates nothing; promise is what most programs use")
+          .choices(["callback", "promise"])
+          .default("callback"),
+      )
+      .option("--json", "print the result as JSON"),
+  ),
+)
+  .addHelpText(
+    "after",
+    `
+Latency counts from submission to the moment the program sees the completion. The processor time is that of this
+process alone; a back-end has its own. Writes go anywhere on the disk and need consent.
+
+Examples:
+  virtio bench ram:256M
+  virtio bench vhost-user:/run/disk.sock --rw randread --bs 4K --iodepth 32 --mode event --api promise
+  virtio bench vhost-user:/run/scratch.sock --rw write --bs 1M --iodepth 4 --yes-overwrite --json`,
+  )
+  .action(run);
+
+async function run(address: string, flags: BenchFlags): Promise<void> {
+  const isWrite = flags.rw.endsWith("write");
+  if (isWrite) checkConsent(address, flags);
+  const job: BenchJob = {
+    isWrite,
+    isRandom: flags.rw.startsWith("rand"),
+    blockSize: flags.bs,
+    depth: flags.iodepth,
+    mode: flags.mode,
+    api: flags.api,
+    rampMs: RAMP_MS,
+    runMs: flags.runtime * 1000,
+  };
+  const options = {
+    mode: job.mode,
+    readOnly: !isWrite,
+    queueSize: queueSizeFor(job.depth),
+  };
+  const { runBench } = await import("./bench-run.js");
+  await withDevice(address, flags, options, async (disk) => {
+    const { info } = disk;
+    if (flags.json !== true) narrate(`${describe(address, flags)}, ${info.format} queue`);
+    const result = await runBench(disk, job);
+    process.stdout.write(`${flags.json === true ? toJson(address, flags, info, result) : toTable(flags, result)}\n`);
+  });
+}
+
+/** A third of a ring's descriptors may be lost to requests that take three of them. */
+function queueSizeFor(depth: number): number {
+  return Math.min(32768, Math.max(256, 2 ** Math.ceil(Math.log2(depth * 1.5))));
+}
+
+function describe(address: string, { rw, bs, iodepth, mode, api }: BenchFlags): string {
+  return `${address}: ${rw} of ${formatBytes(bs)}, ${iodepth} in flight, ${mode}, ${api}`;
+}
+
+function iopsOf({ latency, ms }: BenchResult): number {
+  return (latency.count / ms) * 1000;
+}
+
+function cpuNsOf({ latency, cpuMicros }: BenchResult): number {
+  return (cpuMicros * 1000) / latency.count;
+}
+
+function toTable(flags: BenchFlags, result: BenchResult): string {
+  const { latency } = result;
+  const iops = iopsOf(result);
+  return columns("lr", [
+    ["requests a second", formatCount(iops)],
+    ["bytes a second", formatBytes(iops * flags.bs)],
+    ["latency, mean", formatNs(latency.mean)],
+    ["latency, p50", formatNs(latency.percentile(0.5))],
+    ["latency, p99", formatNs(latency.percentile(0.99))],
+    ["latency, max", formatNs(latency.max)],
+    ["processor time a request", formatNs(cpuNsOf(result))],
+  ]).join("\n");
+}
+
+function toJson(address: string, flags: BenchFlags, info: BlockInfo, result: BenchResult): string {
+  const { rw, bs, iodepth, runtime, mode, api } = flags;
+  const { latency, ms } = result;
+  const iops = iopsOf(result);
+  const whole = Math.round;
+  return JSON.stringify(
+    {
+      ...{ address, rw, bs, iodepth, runtime, mode, api, format: info.format, queueSize: info.queueSize },
+      ...{ requests: latency.count, seconds: ms / 1000, iops: whole(iops), bytesPerSecond: whole(iops * bs) },
+      latencyNs: {
+        ...{ min: whole(latency.min), mean: whole(latency.mean), p50: whole(latency.percentile(0.5)) },
+        ...{ p99: whole(latency.percentile(0.99)), max: whole(latency.max) },
+      },
+      cpuNsPerRequest: whole(cpuNsOf(result)),
+    },
+    undefined,
+    2,
+  );
+}
