@@ -158,7 +158,7 @@ test("200 cycles leave no mapping", () => {
   closeFd(fd);
 });
 
-test("the mappings of a worker end with it, unmapped before or not", async () => {
+test("the mappings of a worker end with it, unmapped before or not", { timeout: 30_000 }, async (t) => {
   const worker = new Worker(
     `const { parentPort } = require("node:worker_threads");
      import(${JSON.stringify(SYS)}).then(({ createMemfd, mapShared, unmapShared }) => {
@@ -170,6 +170,7 @@ test("the mappings of a worker end with it, unmapped before or not", async () =>
      });`,
     { eval: true },
   );
+  t.after(() => worker.terminate());
   const fd = await new Promise<number>((resolve, reject) => {
     worker.once("message", resolve);
     worker.once("error", reject);

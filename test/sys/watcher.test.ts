@@ -6,7 +6,7 @@ import { spawn } from "node:child_process";
 import { openSync, writeSync } from "node:fs";
 import { constants } from "node:os";
 import process from "node:process";
-import test from "node:test";
+import test, { type TestContext } from "node:test";
 import { Worker } from "node:worker_threads";
 import { closeFd, EventFd, FdWatcher, receiveMessage, sendMessage, socketPair } from "../../src/sys/index.js";
 import { collectGarbage, openFds, runChild, SYS, turn, turnUntil } from "./helpers.js";
@@ -14,12 +14,21 @@ import { collectGarbage, openFds, runChild, SYS, turn, turnUntil } from "./helpe
 const IMPORT = `import { EventFd, FdWatcher, receiveMessage } from ${JSON.stringify(SYS)};`;
 
 /** Code for a worker that has the wrapper as `sys` and says what it likes to its parent. */
-function startWorker(code: string): Worker {
-  return new Worker(
+function startWorker(t: TestContext, code: string): Worker {
+  const worker = new Worker(
     `const { parentPort } = require("node:worker_threads");
      import(${JSON.stringify(SYS)}).then((sys) => { ${code} });`,
     { eval: true },
   );
+  t.after(() => worker.terminate());
+  return worker;
+}
+
+/** A watcher that is closed after its test, so that one that fails ends. */
+function watch(t: TestContext, fd: number, options: { drain: boolean }, onReadable: () => void): FdWatcher {
+  const watcher = new FdWatcher(fd, options, onReadable);
+  t.after(() => watcher.close());
+  return watcher;
 }
 
 function nextMessage(worker: Worker): Promise<unknown> {
@@ -29,10 +38,10 @@ function nextMessage(worker: Worker): Promise<unknown> {
   });
 }
 
-test("a draining watcher calls once per signal and leaves the counter at 0", async () => {
+test("a draining watcher calls once per signal and leaves the counter at 0", async (t) => {
   const event = EventFd.create();
   let calls = 0;
-  const watcher = new FdWatcher(event.fd, { drain: true }, () => {
+  const watcher = watch(t, event.fd, { drain: true }, () => {
     calls++;
     assert.equal(event.drain(), false);
   });
@@ -48,10 +57,10 @@ test("a draining watcher calls once per signal and leaves the counter at 0", asy
   event.close();
 });
 
-test("a watcher that does not drain calls until the descriptor is read", async () => {
+test("a watcher that does not drain calls until the descriptor is read", async (t) => {
   const event = EventFd.create();
   let calls = 0;
-  const watcher = new FdWatcher(event.fd, { drain: false }, () => {
+  const watcher = watch(t, event.fd, { drain: false }, () => {
     if (++calls === 3) event.drain();
   });
   event.signal();
@@ -62,16 +71,15 @@ test("a watcher that does not drain calls until the descriptor is read", async (
   event.close();
 });
 
-test("promises and ticks of one callback run before the next callback", async () => {
+test("promises and ticks of one callback run before the next callback", async (t) => {
   const events = [EventFd.create(), EventFd.create()];
   const log: string[] = [];
-  const watchers = events.map(
-    (event, index) =>
-      new FdWatcher(event.fd, { drain: true }, () => {
-        void Promise.resolve().then(() => log.push(`promise ${index}`));
-        process.nextTick(() => log.push(`tick ${index}`));
-        log.push(`callback ${index}`);
-      }),
+  const watchers = events.map((event, index) =>
+    watch(t, event.fd, { drain: true }, () => {
+      void Promise.resolve().then(() => log.push(`promise ${index}`));
+      process.nextTick(() => log.push(`tick ${index}`));
+      log.push(`callback ${index}`);
+    }),
   );
   for (const event of events) event.signal();
   assert.ok(await turnUntil(() => log.length === 6));
@@ -80,12 +88,12 @@ test("promises and ticks of one callback run before the next callback", async ()
   for (const event of events) event.close();
 });
 
-test("the callback runs in the asynchronous context of the constructor", async () => {
+test("the callback runs in the asynchronous context of the constructor", async (t) => {
   const storage = new AsyncLocalStorage<string>();
   const event = EventFd.create();
   let seen: string | undefined;
   const watcher = storage.run("constructor", () => {
-    return new FdWatcher(event.fd, { drain: true }, () => {
+    return watch(t, event.fd, { drain: true }, () => {
       seen = storage.getStore();
     });
   });
@@ -96,15 +104,14 @@ test("the callback runs in the asynchronous context of the constructor", async (
   event.close();
 });
 
-test("closing ends the calls, at once and for others that are due in the same round", async () => {
+test("closing ends the calls, at once and for others that are due in the same round", async (t) => {
   const events = [EventFd.create(), EventFd.create()];
   let calls = 0;
-  const watchers = events.map(
-    (event) =>
-      new FdWatcher(event.fd, { drain: true }, () => {
-        calls++;
-        for (const watcher of watchers) watcher.close();
-      }),
+  const watchers = events.map((event) =>
+    watch(t, event.fd, { drain: true }, () => {
+      calls++;
+      for (const watcher of watchers) watcher.close();
+    }),
   );
   for (const event of events) event.signal();
   assert.ok(await turnUntil(() => calls > 0));
@@ -118,13 +125,13 @@ test("closing ends the calls, at once and for others that are due in the same ro
   for (const event of events) event.close();
 });
 
-test("one descriptor can be watched twice", async () => {
+test("one descriptor can be watched twice", async (t) => {
   const event = EventFd.create();
   let one = 0;
   let other = 0;
   const watchers = [
-    new FdWatcher(event.fd, { drain: false }, () => one++),
-    new FdWatcher(event.fd, { drain: false }, () => other++),
+    watch(t, event.fd, { drain: false }, () => one++),
+    watch(t, event.fd, { drain: false }, () => other++),
   ];
   event.signal();
   assert.ok(await turnUntil(() => one > 0 && other > 0));
@@ -132,10 +139,10 @@ test("one descriptor can be watched twice", async () => {
   event.close();
 });
 
-test("the end of a connection is told", async () => {
+test("the end of a connection is told", async (t) => {
   const [near, far] = socketPair();
   let ended = false;
-  const watcher = new FdWatcher(near, { drain: false }, () => {
+  const watcher = watch(t, near, { drain: false }, () => {
     ended = receiveMessage(near, new Uint8Array(8), []) === 0;
     watcher.close();
   });
@@ -144,10 +151,10 @@ test("the end of a connection is told", async () => {
   closeFd(near);
 });
 
-test("an error of a connection is told, and the watch goes on", async () => {
+test("an error of a connection is told, and the watch goes on", async (t) => {
   const [near, far] = socketPair();
   const results: unknown[] = [];
-  const watcher = new FdWatcher(near, { drain: false }, () => {
+  const watcher = watch(t, near, { drain: false }, () => {
     try {
       results.push(receiveMessage(near, new Uint8Array(8), []));
     } catch (error) {
@@ -262,13 +269,18 @@ test("a rejection nobody handles ends the process as well", () => {
   assert.match(child.stderr, /RangeError: nobody awaits/);
 });
 
-test("watchers work in a worker; exceptions go to its handler, or end it with an error", async () => {
+test("watchers work in a worker; exceptions go to its handler, or end it with an error", {
+  timeout: 30_000,
+}, async (t) => {
   const event = EventFd.create();
-  const worker = startWorker(`
+  const worker = startWorker(
+    t,
+    `
     new sys.FdWatcher(${event.fd}, { drain: true }, () => { throw new RangeError("from a worker"); });
     process.once("uncaughtException", (error) => parentPort.postMessage(error.message));
     parentPort.postMessage("ready");
-  `);
+  `,
+  );
   assert.equal(await nextMessage(worker), "ready");
   event.signal();
   assert.equal(await nextMessage(worker), "from a worker");
@@ -281,16 +293,21 @@ test("watchers work in a worker; exceptions go to its handler, or end it with an
   event.close();
 });
 
-test("terminating a worker closes its watchers, idle or in the middle of a callback", async () => {
+test("terminating a worker closes its watchers, idle or in the middle of a callback", {
+  timeout: 30_000,
+}, async (t) => {
   // The first worker makes the runtime open descriptors that stay.
-  await startWorker("").terminate();
+  await startWorker(t, "").terminate();
   const before = openFds();
   for (const callback of ["{}", `{ parentPort.postMessage("busy"); for (;;); }`]) {
     const [near, far] = socketPair();
-    const worker = startWorker(`
+    const worker = startWorker(
+      t,
+      `
       for (let i = 0; i < 10; i++) new sys.FdWatcher(${near}, { drain: false }, () => ${callback});
       parentPort.postMessage("ready");
-    `);
+    `,
+    );
     assert.equal(await nextMessage(worker), "ready");
     if (callback !== "{}") {
       sendMessage(far, new Uint8Array(1), []);
@@ -303,12 +320,15 @@ test("terminating a worker closes its watchers, idle or in the middle of a callb
   assert.equal(openFds(), before);
 });
 
-test("a worker ends by itself although an unref'd watcher goes on", async () => {
-  const worker = startWorker(`
+test("a worker ends by itself although an unref'd watcher goes on", { timeout: 30_000 }, async (t) => {
+  const worker = startWorker(
+    t,
+    `
     const event = sys.EventFd.create();
     new sys.FdWatcher(event.fd, { drain: true }, () => {}).unref();
     event.close();
-  `);
+  `,
+  );
   const code = await new Promise((resolve) => {
     worker.once("exit", resolve);
   });
@@ -335,7 +355,7 @@ test("the process ends well with a watcher: exit, exit from the callback, nothin
   }
 });
 
-test("a watcher that is not unref'd keeps the process alive", async () => {
+test("a watcher that is not unref'd keeps the process alive", { timeout: 30_000 }, async () => {
   const code = `${IMPORT}
     const watcher = new FdWatcher(3, { drain: false }, () => {
       console.log("called", receiveMessage(3, new Uint8Array(8), []));
@@ -358,10 +378,10 @@ test("a watcher that is not unref'd keeps the process alive", async () => {
   assert.equal(output, "waiting\ncalled 1\n");
 });
 
-test("a descriptor that is no counter can be drained without waiting", async () => {
+test("a descriptor that is no counter can be drained without waiting", async (t) => {
   const [near, far] = socketPair();
   let calls = 0;
-  const watcher = new FdWatcher(near, { drain: true }, () => calls++);
+  const watcher = watch(t, near, { drain: true }, () => calls++);
   writeSync(far, "12345678");
   assert.ok(await turnUntil(() => calls > 0));
   for (let i = 0; i < 5; i++) await turn();
