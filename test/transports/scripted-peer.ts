@@ -46,7 +46,7 @@ export interface Received {
 export interface Deed {
   /** Bytes to send; none: silence. */
   readonly bytes?: Uint8Array;
-  /** Descriptors to send with them; the peer closes its own copies. */
+  /** Descriptors to send with them; they stay the test's. */
   readonly fds?: readonly number[];
   /** Hang up after that. */
   readonly close?: boolean;
@@ -109,6 +109,7 @@ export class ScriptedPeer {
   #bufferFds: number[] = [];
   readonly #outgoing: { bytes: Uint8Array; fds: readonly number[] }[] = [];
   #sending = false;
+  #closed = false;
   #closeAfterSending = false;
   #accepted = 0n;
   #features = 0n;
@@ -203,9 +204,11 @@ export class ScriptedPeer {
     this.#notice();
   }
 
-  /** Drop everything, with each descriptor that was received. */
+  /** Drop everything, with each descriptor that was received. Idempotent. */
   close(): void {
     this.hangUp();
+    if (this.#closed) return;
+    this.#closed = true;
     this.#listenWatcher?.close();
     if (this.#listener !== undefined) closeFd(this.#listener);
     for (const fd of this.#owned.splice(0)) closeFd(fd);
@@ -283,7 +286,6 @@ export class ScriptedPeer {
     const behaved: Deed = right === undefined ? {} : { bytes: right };
     const deed = this.#options.misbehave?.(received, right) ?? behaved;
     if (deed.bytes !== undefined) this.send(deed.bytes, deed.fds);
-    this.#owned.push(...(deed.fds ?? []));
     if (deed.close !== true) return;
     if (this.#sending) this.#closeAfterSending = true;
     else this.hangUp();

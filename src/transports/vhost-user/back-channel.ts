@@ -14,8 +14,11 @@ import {
   VHOST_USER_VERSION_MASK,
   VhostUserBackendRequest,
   vhostUserBackendRequestName,
+  VhostUserRequest,
 } from "../../protocol/vhost-user.js";
 import type { VhostUserHeader } from "../../protocol/vhost-user.js";
+import { closeFd, socketPair } from "../../sys/index.js";
+import type { RequestChannel } from "./channel.js";
 import { MessageSocket } from "./socket.js";
 
 const DONE = 0;
@@ -31,14 +34,15 @@ export class BackChannel {
   onBroken: ((error: VirtioError) => void) | undefined;
   readonly #socket: MessageSocket;
   readonly #acknowledges: boolean;
+  /** The back-end's end, until it has been handed over. */
+  #theirs: number | undefined;
 
-  /**
-   * @param fd this end of a socket pair; owned from now on.
-   * @param acknowledges whether REPLY_ACK is in force; without it requests are not answered but one.
-   */
-  constructor(fd: number, peer: string, acknowledges: boolean) {
+  /** @param acknowledges whether REPLY_ACK is in force; without it requests are not answered but one. */
+  constructor(peer: string, acknowledges: boolean) {
     this.#acknowledges = acknowledges;
-    this.#socket = new MessageSocket(fd, peer, {
+    const [ours, theirs] = socketPair();
+    this.#theirs = theirs;
+    this.#socket = new MessageSocket(ours, peer, {
       begin: () => undefined,
       descriptors: () => undefined,
       header: checkRequest,
@@ -51,9 +55,23 @@ export class BackChannel {
     });
   }
 
-  /** Close this end. Idempotent. */
+  /** Hand the other end to the back-end. */
+  async offer(channel: RequestChannel): Promise<void> {
+    if (this.#theirs === undefined) return;
+    await channel.confirm([{ request: VhostUserRequest.SET_BACKEND_REQ_FD, fds: [this.#theirs] }]);
+    this.#closeTheirs();
+  }
+
+  /** Close this end, and the other one when it is still here. Idempotent. */
   close(): void {
     this.#socket.close();
+    this.#closeTheirs();
+  }
+
+  #closeTheirs(): void {
+    if (this.#theirs === undefined) return;
+    closeFd(this.#theirs);
+    this.#theirs = undefined;
   }
 
   #serve(header: VhostUserHeader): void {

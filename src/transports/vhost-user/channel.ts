@@ -118,7 +118,7 @@ export class RequestChannel {
   /** What the next step of the conversation hangs on, for messages to people. */
   get waitingFor(): string {
     const oldest = this.#pending[0];
-    return oldest === undefined ? "nothing" : `the reply to ${vhostUserRequestName(oldest.request)} by ${this.#peer}`;
+    return oldest === undefined ? "nothing" : `the reply to ${vhostUserRequestName(oldest.request)}`;
   }
 
   /** Send a request that always has a reply, and return what the reply says. */

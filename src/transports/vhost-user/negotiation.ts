@@ -10,10 +10,9 @@ import {
   VhostUserProtocolFeature,
   VhostUserRequest,
 } from "../../protocol/vhost-user.js";
-import { closeFd, socketPair } from "../../sys/index.js";
 import { VirtioFeature } from "../../virtqueue/features.js";
 import { BackChannel } from "./back-channel.js";
-import type { RequestChannel } from "./channel.js";
+import type { Reply, RequestChannel } from "./channel.js";
 import { U64_REPLY } from "./channel.js";
 
 /** The protocol features that are implemented here; no other is ever accepted. */
@@ -91,16 +90,24 @@ export async function introduce(channel: RequestChannel, peer: string): Promise<
   channel.post({ request: VhostUserRequest.SET_PROTOCOL_FEATURES, payload: u64Codec.encode(protocolFeatures) });
   // REPLY_ACK is in force from here on: the acknowledgement of the message that agrees on it may not be relied on.
   channel.acknowledges = has(VhostUserProtocolFeature.REPLY_ACK);
-  const [maxQueues, maxRegions, backChannel] = await Promise.all([
-    has(VhostUserProtocolFeature.MQ)
-      ? count(channel, VhostUserRequest.GET_QUEUE_NUM, "queues", VHOST_USER_MAX_QUEUES)
-      : 1,
-    has(VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS)
-      ? count(channel, VhostUserRequest.GET_MAX_MEM_SLOTS, "memory slots", ENOUGH_REGIONS)
-      : VHOST_USER_MAX_REGIONS,
-    has(VhostUserProtocolFeature.BACKEND_REQ) ? openBackChannel(channel, peer) : undefined,
-  ]);
-  return { offeredFeatures, hasProtocolFeatures: true, protocolFeatures, maxQueues, maxRegions, backChannel };
+  const backChannel = has(VhostUserProtocolFeature.BACKEND_REQ)
+    ? new BackChannel(peer, channel.acknowledges)
+    : undefined;
+  try {
+    const [maxQueues, maxRegions] = await Promise.all([
+      has(VhostUserProtocolFeature.MQ)
+        ? channel.call({ request: VhostUserRequest.GET_QUEUE_NUM }, countReply("queues", VHOST_USER_MAX_QUEUES))
+        : 1,
+      has(VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS)
+        ? channel.call({ request: VhostUserRequest.GET_MAX_MEM_SLOTS }, countReply("memory slots", ENOUGH_REGIONS))
+        : VHOST_USER_MAX_REGIONS,
+      backChannel?.offer(channel),
+    ]);
+    return { offeredFeatures, hasProtocolFeatures: true, protocolFeatures, maxQueues, maxRegions, backChannel };
+  } catch (error) {
+    backChannel?.close();
+    throw error;
+  }
 }
 
 /**
@@ -126,22 +133,13 @@ function chooseProtocolFeatures(offered: bigint): bigint {
   return useful ? accepted : accepted & ~VhostUserProtocolFeature.BACKEND_REQ;
 }
 
-async function count(channel: RequestChannel, request: number, what: string, most: number): Promise<number> {
-  const value = await channel.call({ request }, U64_REPLY);
-  if (value === 0n) throw new VirtioError("ERR_VIRTIO_PROTOCOL", `the back-end says that it has 0 ${what}`);
-  return value > BigInt(most) ? most : Number(value);
-}
-
-async function openBackChannel(channel: RequestChannel, peer: string): Promise<BackChannel> {
-  const [ours, theirs] = socketPair();
-  const backChannel = new BackChannel(ours, peer, channel.acknowledges);
-  try {
-    await channel.confirm([{ request: VhostUserRequest.SET_BACKEND_REQ_FD, fds: [theirs] }]);
-    return backChannel;
-  } catch (error) {
-    backChannel.close();
-    throw error;
-  } finally {
-    closeFd(theirs);
-  }
+function countReply(what: string, most: number): Reply<number> {
+  return {
+    sizes: U64_REPLY.sizes,
+    decode(payload) {
+      const value = U64_REPLY.decode(payload);
+      if (value === 0n) throw new VirtioError("ERR_VIRTIO_PROTOCOL", `it has 0 ${what}`);
+      return value > BigInt(most) ? most : Number(value);
+    },
+  };
 }

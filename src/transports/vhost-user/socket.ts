@@ -123,7 +123,7 @@ export class MessageSocket {
       if (count < 0) return;
       if (fds.length > 0) this.#refuse(fds);
       if (count === 0) {
-        throw new VirtioError("ERR_VIRTIO_DISCONNECTED", this.#have > 0 ? " in the middle of a message" : "");
+        throw new VirtioError("ERR_VIRTIO_DISCONNECTED", "end of stream");
       }
       this.#have += count;
       this.#take();
@@ -153,17 +153,18 @@ export class MessageSocket {
     this.#have -= at;
   }
 
-  /** What a caller is told; `error.message` of a disconnection says only where in the talk it happened. */
+  /** What a caller is told. */
   #explain(error: VirtioError): VirtioError {
     const doing = this.#handlers.doing();
     if (error.code === "ERR_VIRTIO_PROTOCOL") {
       const message = `${this.#peer} broke the vhost-user protocol while ${doing}: ${error.message}`;
       return new VirtioError("ERR_VIRTIO_PROTOCOL", `${message}; the connection was closed`, { cause: error });
     }
-    const where = error.code === "ERR_VIRTIO_DISCONNECTED" ? error.message : ` (${error.message})`;
+    const where = this.#have > 0 ? " in the middle of a message" : "";
     return new VirtioError(
       "ERR_VIRTIO_DISCONNECTED",
-      `${this.#peer} closed the connection${where} while ${doing}; see its log for the reason, then connect again`,
+      `${this.#peer} closed the connection${where} while ${doing} (${error.message}); ` +
+        "see its log for the reason, then connect again",
       {
         cause: error,
         ...(error.errno === undefined ? {} : { errno: error.errno }),

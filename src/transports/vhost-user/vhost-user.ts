@@ -106,7 +106,7 @@ export class VhostUser implements VirtioTransport {
     const peer = `the back-end at ${"path" in where ? where.path : `descriptor ${where.fd}`}`;
     const channel = new RequestChannel("path" in where ? connectUnix(where.path) : where.fd, peer);
     try {
-      const waits = new Waits(timeout, () => channel.waitingFor);
+      const waits = new Waits(timeout, () => `${channel.waitingFor} from ${peer}`);
       const introduction = await waits.during(() => introduce(channel, peer), wait);
       return new VhostUser(where, peer, timeout, channel, waits, introduction, afterClose);
     } catch (error) {
@@ -317,21 +317,24 @@ export class VhostUser implements VirtioTransport {
     await this.#afterClose?.();
   }
 
-  /** Run a change of memory or queues after those before it; `undo` it when it ends after the wait for it. */
-  #change<T>(job: () => Promise<T>, options: WaitOptions = {}, undo?: (value: T) => Promise<unknown>): Promise<T> {
-    const start = () => {
-      this.#checkUsable();
-      return this.#changes.run(async () => {
-        this.#checkUsable();
-        return job();
-      });
-    };
-    return this.#waits.during(start, options, (value) => {
-      if (undo === undefined) return;
-      // Nobody waits any more. If this fails, the connection is broken, which onLost tells, or the region
-      // stays until close.
-      this.#changes.run(() => undo(value)).catch(() => undefined);
+  /**
+   * Run a change of memory or queues after those before it. When the wait for it is over before it ends,
+   * `undo` it before the next one begins.
+   */
+  async #change<T>(job: () => Promise<T>, options?: WaitOptions, undo?: (value: T) => Promise<void>): Promise<T> {
+    this.#checkUsable();
+    const wait = this.#waits.begin<T>(options);
+    void this.#changes.run(async () => {
+      if (wait.over) return;
+      try {
+        const value = await job();
+        // If undoing fails, the connection is broken, which onLost tells, or a region stays until close.
+        if (!wait.resolve(value)) await undo?.(value);
+      } catch (error) {
+        wait.reject(error);
+      }
     });
+    return wait.promise;
   }
 
   #has(feature: bigint): boolean {

@@ -11,11 +11,23 @@ export const DEFAULT_TIMEOUT = 10_000;
 /** The longest delay that a timer of Node takes. */
 const MAX_TIMEOUT = 0x7fff_ffff;
 
+/** One wait for a value. It ends once: by the value, an error, its time limit, its signal, or with all others. */
+export interface Wait<T> {
+  /** What the caller awaits. */
+  readonly promise: Promise<T>;
+  /** Whether it has ended. */
+  readonly over: boolean;
+  /** End it by the value; false when it had ended before, and nobody will see the value. */
+  readonly resolve: (value: T) => boolean;
+  /** End it by an error; no effect when it had ended before. */
+  readonly reject: (error: unknown) => void;
+}
+
 /** The waits of one transport that have not ended. */
 export class Waits {
   readonly #timeout: number;
   readonly #describe: () => string;
-  readonly #giveUps = new Set<(error: Error) => void>();
+  readonly #rejects = new Set<(error: Error) => void>();
 
   /**
    * @param timeout milliseconds of a wait that names none.
@@ -27,53 +39,67 @@ export class Waits {
   }
 
   /**
-   * Wait for what `start` returns. The timer keeps the process alive meanwhile, nothing else here does.
+   * Begin to wait. The timer keeps the process alive meanwhile, nothing else here does. The wait rejects with
+   * `signal.reason`, VirtioError ERR_VIRTIO_TIMEOUT, or the error given to `endAll`.
    *
-   * @throws whatever the work rejects with; `signal.reason` when the signal aborts (before `start` when it
-   *   already has); VirtioError ERR_VIRTIO_TIMEOUT when the time is over; the error given to `endAll`.
-   * @param late takes the outcome of work that succeeded when the wait for it was over.
+   * @throws `signal.reason` when the signal has aborted already; TypeError or RangeError for a wrong bound.
    */
-  async during<T>(start: () => Promise<T>, options: WaitOptions = {}, late?: (value: T) => void): Promise<T> {
+  begin<T>(options: WaitOptions = {}): Wait<T> {
     const { timeout, signal } = checkWait(options, this.#timeout);
     signal?.throwIfAborted();
-    const work = start();
-    return new Promise<T>((resolve, reject) => {
-      const timer = setTimeout(() => {
-        giveUp(
-          new VirtioError(
-            "ERR_VIRTIO_TIMEOUT",
-            `no answer within ${timeout} ms, waiting for ${this.#describe()}; a back-end that serves one client ` +
-              `at a time is silent to the second one; otherwise see whether it runs, or raise "timeout"`,
-          ),
-        );
-      }, timeout);
-      let waiting = true;
-      const end = () => {
-        waiting = false;
-        clearTimeout(timer);
-        signal?.removeEventListener("abort", onAbort);
-        this.#giveUps.delete(giveUp);
-      };
-      const giveUp = (error: unknown) => {
-        end();
-        // oxlint-disable-next-line typescript/prefer-promise-reject-errors -- signal.reason may be anything
-        reject(error);
-      };
-      const onAbort = () => giveUp(signal?.reason);
-      signal?.addEventListener("abort", onAbort, { once: true });
-      this.#giveUps.add(giveUp);
-      const finish = (value: T) => {
-        if (!waiting) return late?.(value);
-        end();
-        return resolve(value);
-      };
-      work.then(finish, giveUp);
+    let over = false;
+    let settle: { resolve: (value: T) => void; reject: (error: unknown) => void } | undefined;
+    const promise = new Promise<T>((resolve, reject) => {
+      settle = { resolve, reject };
     });
+    const end = () => {
+      over = true;
+      clearTimeout(timer);
+      signal?.removeEventListener("abort", onAbort);
+      this.#rejects.delete(reject);
+    };
+    const reject = (error: unknown) => {
+      if (over) return;
+      end();
+      settle?.reject(error);
+    };
+    const onAbort = () => reject(signal?.reason);
+    const timer = setTimeout(() => reject(this.#timedOut(timeout)), timeout);
+    signal?.addEventListener("abort", onAbort, { once: true });
+    this.#rejects.add(reject);
+    return {
+      promise,
+      get over() {
+        return over;
+      },
+      resolve(value) {
+        if (over) return false;
+        end();
+        settle?.resolve(value);
+        return true;
+      },
+      reject,
+    };
+  }
+
+  /** Wait for what `start` returns; it is not called when the signal has aborted already. */
+  async during<T>(start: () => Promise<T>, options?: WaitOptions): Promise<T> {
+    const wait = this.begin<T>(options);
+    start().then(wait.resolve, wait.reject);
+    return wait.promise;
   }
 
   /** End every wait with `error`. */
   endAll(error: Error): void {
-    for (const giveUp of this.#giveUps) giveUp(error);
+    for (const reject of this.#rejects) reject(error);
+  }
+
+  #timedOut(timeout: number): VirtioError {
+    return new VirtioError(
+      "ERR_VIRTIO_TIMEOUT",
+      `no end within ${timeout} ms of waiting for ${this.#describe()}; a back-end that serves one client at a ` +
+        `time is silent to the second one; otherwise see whether it runs, or raise "timeout"`,
+    );
   }
 }
 
@@ -93,10 +119,10 @@ export function checkWait(options: WaitOptions, fallback: number): { timeout: nu
 
 /** Runs jobs one after the other, each to its end, whatever the end is. */
 export class Serial {
-  #last: Promise<unknown> = Promise.resolve();
+  #last: Promise<void> = Promise.resolve();
 
   /** Run `job` when all earlier ones have ended. */
-  run<T>(job: () => Promise<T>): Promise<T> {
+  run(job: () => Promise<void>): Promise<void> {
     const result = this.#last.then(job);
     this.#last = result.catch(() => undefined);
     return result;
