@@ -1,0 +1,175 @@
+/**
+ * Programs that the system tests run against. A test that needs one which is not installed is skipped with the
+ * reason, or fails when VIRTIO_REQUIRE_PEERS=1 says that nothing may be skipped.
+ */
+
+import { type ChildProcess, spawn } from "node:child_process";
+import { once } from "node:events";
+import { accessSync, constants, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { watch } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { basename, delimiter, dirname, join } from "node:path";
+import { setImmediate } from "node:timers/promises";
+
+/** How long a program may take to listen, and to end. */
+const PATIENCE_MS = 20_000;
+
+/** Packages of Debian that bring the programs. */
+const PACKAGES: Readonly<Record<string, string>> = {
+  "qemu-storage-daemon": "qemu-system-common",
+  "qemu-img": "qemu-utils",
+  "qemu-io": "qemu-utils",
+};
+
+/**
+ * Whether a program is there, in the form of node:test's `skip` option.
+ *
+ * @returns false when it is installed, otherwise the reason to skip.
+ * @throws Error when it is not installed and VIRTIO_REQUIRE_PEERS=1.
+ */
+export function requirePeer(...names: readonly string[]): false | string {
+  const missing = names.filter((name) => !isInstalled(name));
+  if (missing.length === 0) return false;
+  const reason = missing.map((name) => `${name} is not installed (${PACKAGES[name] ?? name})`).join(", ");
+  if (process.env["VIRTIO_REQUIRE_PEERS"] === "1") throw new Error(`VIRTIO_REQUIRE_PEERS=1, but ${reason}`);
+  return reason;
+}
+
+function isInstalled(name: string): boolean {
+  return (process.env["PATH"] ?? "").split(delimiter).some((folder) => {
+    try {
+      accessSync(join(folder, name), constants.X_OK);
+      return true;
+    } catch {
+      return false;
+    }
+  });
+}
+
+/** A folder of one test. */
+export class TemporaryFolder {
+  readonly path = mkdtempSync(join(tmpdir(), "virtio-test-"));
+
+  /** The path of a file in it. */
+  file(name: string): string {
+    return join(this.path, name);
+  }
+
+  /** Remove it with all that is in it. Idempotent. */
+  close(): void {
+    rmSync(this.path, { recursive: true, force: true });
+  }
+}
+
+/** A program that serves a Unix socket until it is stopped. The kernel kills it when this process ends. */
+export class Daemon {
+  /** Path of the socket. */
+  readonly path: string;
+  /** What it has printed. */
+  output = "";
+  readonly #child: ChildProcess;
+  readonly #ended: Promise<unknown>;
+
+  private constructor(child: ChildProcess, path: string) {
+    this.path = path;
+    this.#child = child;
+    this.#ended = once(child, "close").catch(() => undefined);
+    for (const stream of [child.stdout, child.stderr]) {
+      stream?.on("data", (chunk: Buffer) => {
+        this.output += chunk.toString();
+      });
+    }
+  }
+
+  /** Process id. */
+  get pid(): number {
+    return this.#child.pid ?? -1;
+  }
+
+  /**
+   * Start a program and wait until it listens on the socket `path`, whose folder exists.
+   *
+   * @throws Error with its output when it ends before that, or takes too long.
+   */
+  static async start(path: string, program: string, args: readonly string[]): Promise<Daemon> {
+    // setpriv: PR_SET_PDEATHSIG, then exec, so that the process id is the program's.
+    const child = spawn("setpriv", ["--pdeathsig", "KILL", "--", program, ...args], {
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    const daemon = new Daemon(child, path);
+    try {
+      await daemon.#untilListening(program);
+      return daemon;
+    } catch (error) {
+      await daemon.stop();
+      throw error;
+    }
+  }
+
+  /** Stop the program and wait for its end. Idempotent. */
+  async stop(): Promise<void> {
+    const patience = setTimeout(() => this.#child.kill("SIGKILL"), PATIENCE_MS);
+    this.#child.kill("SIGTERM");
+    await this.#ended;
+    clearTimeout(patience);
+  }
+
+  async #untilListening(program: string): Promise<void> {
+    const over = new AbortController();
+    const listening = async () => {
+      const changes = watch(dirname(this.path), { signal: over.signal });
+      if (isListening(this.path)) return;
+      for await (const { filename } of changes) {
+        if (filename !== basename(this.path)) continue;
+        // The file is there from bind on; listen follows within microseconds.
+        while (!isListening(this.path)) await setImmediate(undefined, { signal: over.signal });
+        return;
+      }
+    };
+    const failed = (what: string) => new Error(`${program} ${what}:\n${this.output}`);
+    const patience = setTimeout(() => over.abort(failed("does not listen")), PATIENCE_MS);
+    try {
+      await Promise.race([
+        listening().catch((error: unknown) => {
+          throw over.signal.aborted ? over.signal.reason : error;
+        }),
+        this.#ended.then(() => {
+          throw failed("has ended");
+        }),
+      ]);
+    } finally {
+      clearTimeout(patience);
+      over.abort();
+    }
+  }
+}
+
+/** What `startStorageDaemon` serves. */
+export interface StorageDaemonOptions {
+  /** The `--blockdev` without its node name: `driver=null-co,size=1073741824`. */
+  readonly blockdev: string;
+  /** Default 1. */
+  readonly queues?: number;
+  /** Default true. */
+  readonly writable?: boolean;
+}
+
+/** Serve one disk by qemu-storage-daemon; its socket is in `folder`. */
+export function startStorageDaemon(folder: TemporaryFolder, options: StorageDaemonOptions): Promise<Daemon> {
+  const { blockdev, queues = 1, writable = true } = options;
+  const path = folder.file("vhost-user.sock");
+  return Daemon.start(path, "qemu-storage-daemon", [
+    "--blockdev",
+    `${blockdev},node-name=disk`,
+    "--export",
+    `type=vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path=${path},` +
+      `writable=${writable ? "on" : "off"},num-queues=${queues}`,
+  ]);
+}
+
+/** Whether a socket accepts connections (__SO_ACCEPTCON in the flags of /proc/net/unix), without making one. */
+function isListening(path: string): boolean {
+  return readFileSync("/proc/net/unix", "utf8")
+    .split("\n")
+    .some((line) => line.endsWith(` ${path}`) && line.split(/\s+/)[3] === "00010000");
+}
