@@ -1,0 +1,109 @@
+/** A virtio-blk device without its queues: what it offers, its config space, its cache mode (virtio 1.3, 5.2). */
+
+import { checkInteger, rangeError, typeError } from "../errors.js";
+import { BlkFeature, encodeBlkConfig, SECTOR_SIZE } from "../protocol/blk.js";
+import { VirtioFeature } from "../virtqueue/features.js";
+import { type BlockStorage, checkStorage } from "./storage.js";
+
+/** Data elements that a request may have: a chain of 128 with header and status. */
+const SEG_MAX = 126;
+/** Sectors of one segment of DISCARD, WRITE_ZEROES or SECURE_ERASE at most: 256 MiB. */
+export const MAX_SEGMENT_SECTORS = 2 ** 19;
+/** Segments of one such request at most. */
+export const MAX_SEGMENTS = 16;
+/** Largest `blk_size`. */
+const MAX_BLOCK_SIZE = 65536;
+/** Bytes of `struct virtio_blk_config` with its zoned part, which is zero here. */
+const CONFIG_BYTES = 96;
+
+/** What a {@link BlkDevice} is made from. */
+export interface BlkDeviceOptions {
+  /** Its bytes. */
+  readonly storage: BlockStorage;
+  /** Request queues. */
+  readonly queues: number;
+  /** Whether packed virtqueues are offered. */
+  readonly packed: boolean;
+  /** The block size it names, in bytes. */
+  readonly blockSize: number;
+}
+
+/** Features, config space and cache mode of one virtual disk, for one driver at a time. */
+export class BlkDevice {
+  /** Its bytes. */
+  readonly storage: BlockStorage;
+  /** Feature bits it offers. */
+  readonly offered: bigint;
+  /** Feature bits in force. */
+  features = 0n;
+  /** Capacity in sectors. */
+  readonly sectors: number;
+  /** Whether a write must be safe before it is answered. */
+  writeThrough = true;
+  /** The answer to GET_ID. */
+  readonly id: Uint8Array;
+
+  private readonly queues: number;
+  private readonly blockSize: number;
+
+  constructor(options: BlkDeviceOptions) {
+    const { storage, queues, packed, blockSize } = options;
+    this.storage = checkStorage(storage);
+    this.queues = checkInteger("queues", queues, 1, 256);
+    this.blockSize = checkInteger("blockSize", blockSize, SECTOR_SIZE, MAX_BLOCK_SIZE);
+    if (!Number.isInteger(Math.log2(blockSize))) throw rangeError("blockSize", "a power of two", blockSize);
+    if (storage.capacity % blockSize !== 0) {
+      throw rangeError("blockSize", `a divisor of the capacity of ${storage.capacity} bytes`, blockSize);
+    }
+    if (typeof packed !== "boolean") throw typeError("packed", "a boolean", packed);
+    this.sectors = storage.capacity / SECTOR_SIZE;
+    this.id = new TextEncoder().encode(storage.id ?? "virtio-driver").slice(0, 20);
+    const writable = storage.readOnly !== true;
+    this.offered =
+      VirtioFeature.VERSION_1 |
+      VirtioFeature.INDIRECT_DESC |
+      VirtioFeature.EVENT_IDX |
+      (packed ? VirtioFeature.RING_PACKED : 0n) |
+      BlkFeature.SEG_MAX |
+      BlkFeature.BLK_SIZE |
+      BlkFeature.FLUSH |
+      BlkFeature.CONFIG_WCE |
+      BlkFeature.MQ |
+      (writable ? 0n : BlkFeature.RO) |
+      (writable && storage.discard !== undefined ? BlkFeature.DISCARD : 0n) |
+      (writable && storage.writeZeroes !== undefined ? BlkFeature.WRITE_ZEROES : 0n) |
+      (writable && storage.secureErase !== undefined ? BlkFeature.SECURE_ERASE : 0n);
+  }
+
+  /** `struct virtio_blk_config`; the fields of features that are not offered are 0. */
+  get config(): Uint8Array {
+    const limits = { maxSectors: MAX_SEGMENT_SECTORS, maxSegments: MAX_SEGMENTS };
+    const alignment = this.blockSize / SECTOR_SIZE;
+    const has = (feature: bigint): boolean => (this.offered & feature) !== 0n;
+    const bytes = new Uint8Array(CONFIG_BYTES);
+    bytes.set(
+      encodeBlkConfig({
+        capacity: BigInt(this.sectors),
+        segMax: SEG_MAX,
+        blkSize: this.blockSize,
+        writeback: !this.writeThrough,
+        numQueues: this.queues,
+        ...(has(BlkFeature.DISCARD) && { discard: { ...limits, alignment } }),
+        ...(has(BlkFeature.WRITE_ZEROES) && { writeZeroes: { ...limits, mayUnmap: true } }),
+        ...(has(BlkFeature.SECURE_ERASE) && { secureErase: { ...limits, alignment } }),
+      }),
+    );
+    return bytes;
+  }
+
+  /** Put the features the driver accepted in force; they decide about the cache mode to begin with (5.2.6.1). */
+  negotiate(features: bigint): void {
+    this.features = features;
+    this.writeThrough = (features & BlkFeature.FLUSH) === 0n;
+  }
+
+  /** Set the cache mode, as the driver does by `writeback` in the config space. */
+  setWriteback(writeback: boolean): void {
+    this.writeThrough = !writeback;
+  }
+}

@@ -1,0 +1,167 @@
+/** A virtual disk that vhost-user front-ends connect to: one client after another. */
+
+import { statSync, unlinkSync } from "node:fs";
+import { checkOptions, typeError } from "../errors.js";
+import { acceptUnix, closeFd, FdWatcher, listenUnix } from "../sys/index.js";
+import { BlkDevice } from "./blk-device.js";
+import { Session } from "./session.js";
+import { BackendStats } from "./stats.js";
+import type { BlockStorage } from "./storage.js";
+
+/** What a {@link VhostUserBackend} is made from. */
+export interface VhostUserBackendOptions {
+  /** Where to listen: the path of a Unix socket. A stale socket there is replaced. */
+  readonly path: string;
+  /** The bytes of the disk. The back-end closes it when it is closed itself. */
+  readonly storage: BlockStorage;
+  /** Request queues, 1 to 256. Default 1. */
+  readonly queues?: number;
+  /** Whether to offer packed virtqueues. Default true. */
+  readonly packed?: boolean;
+  /** Block size that the disk names, in bytes: a power of two from 512 to 65536. Default 512. */
+  readonly blockSize?: number;
+  /**
+   * Refuse a front-end whose memory could be shrunk: touching pages that are gone kills this process (SIGBUS). Memory
+   * of virtual machines often cannot be sealed. Set it when front-ends are not trusted. Default false.
+   */
+  readonly sealedMemory?: boolean;
+  /** Told of storage failures, bad messages and broken queues; each harms one front-end, never the back-end. */
+  readonly onError?: (error: unknown) => void;
+}
+
+/** How long accepting pauses when it failed, for example for want of descriptors. */
+const ACCEPT_RETRY_MS = 100;
+
+/**
+ * The device side of vhost-user with a virtio-blk disk: split and packed virtqueues, indirect descriptors, EVENT_IDX,
+ * several queues, flush, discard, write-zeroes, secure erase, cache mode. It keeps the process alive until `close`.
+ *
+ * Everything the front-end sends and shares is checked. Clients are served one after another; those that wait are
+ * connected and hear nothing until it is their turn.
+ *
+ * @example
+ * ```ts
+ * import { mkdtempSync, rmSync } from "node:fs";
+ * import { tmpdir } from "node:os";
+ * import { join } from "node:path";
+ * import { RamStorage, VhostUserBackend } from "virtio-driver/backend";
+ *
+ * const folder = mkdtempSync(join(tmpdir(), "example-"));
+ * const backend = VhostUserBackend.listen({
+ *   path: join(folder, "disk.sock"),
+ *   storage: new RamStorage(64 * 1024 * 1024),
+ *   queues: 2,
+ * });
+ * // openBlock(`vhost-user:${backend.path}`) reaches it, and so does QEMU's vhost-user-blk-pci.
+ * await backend.close();
+ * rmSync(folder, { recursive: true });
+ * ```
+ */
+export class VhostUserBackend {
+  /** Where it listens. */
+  readonly path: string;
+  /** What it has done so far. */
+  readonly stats: BackendStats;
+
+  readonly #device: BlkDevice;
+  readonly #queues: number;
+  readonly #sealedMemory: boolean;
+  readonly #fd: number;
+  readonly #inode: number;
+  #watcher: FdWatcher | undefined;
+  #retry: NodeJS.Timeout | undefined;
+  #session: Session | undefined;
+  #closed: Promise<void> | undefined;
+
+  private constructor(options: VhostUserBackendOptions) {
+    checkOptions("VhostUserBackend", options, [
+      ...["path", "storage", "queues", "packed", "blockSize", "sealedMemory", "onError"],
+    ]);
+    const { path, storage, queues = 1, packed = true, blockSize = 512, sealedMemory = false } = options;
+    const { onError = () => undefined } = options;
+    if (typeof sealedMemory !== "boolean") throw typeError("sealedMemory", "a boolean", sealedMemory);
+    if (typeof onError !== "function") throw typeError("onError", "a function", onError);
+    this.#device = new BlkDevice({ storage, queues, packed, blockSize });
+    this.#queues = queues;
+    this.#sealedMemory = sealedMemory;
+    this.stats = new BackendStats(onError);
+    this.path = path;
+    this.#fd = listenUnix(path);
+    this.#inode = statSync(path).ino;
+    this.#watch();
+  }
+
+  /**
+   * Listen at `path` and serve who connects.
+   *
+   * @throws RangeError or TypeError for wrong options; VirtioError ERR_VIRTIO_SYSCALL when somebody listens there
+   *   already, ERR_VIRTIO_PERMISSION when the socket may not be made.
+   */
+  static listen(options: VhostUserBackendOptions): VhostUserBackend {
+    return new VhostUserBackend(options);
+  }
+
+  /**
+   * Finish the requests in flight, hang up, flush and close the storage, remove the socket. Further calls wait for the
+   * first.
+   *
+   * @throws what the storage throws when it is flushed or closed; everything else is released even then.
+   */
+  close(): Promise<void> {
+    this.#closed ??= this.#close();
+    return this.#closed;
+  }
+
+  async #close(): Promise<void> {
+    this.#unwatch();
+    closeFd(this.#fd);
+    // Somebody may have replaced the socket by his own.
+    if (statSync(this.path, { throwIfNoEntry: false })?.ino === this.#inode) unlinkSync(this.path);
+    await this.#session?.close();
+    const { storage } = this.#device;
+    try {
+      if (storage.readOnly !== true) await storage.flush();
+    } finally {
+      await storage.close?.();
+    }
+  }
+
+  /** Accept the next client. */
+  #watch(): void {
+    this.#watcher = new FdWatcher(this.#fd, { drain: false }, () => this.#accept());
+  }
+
+  #unwatch(): void {
+    this.#watcher?.close();
+    this.#watcher = undefined;
+    clearTimeout(this.#retry);
+  }
+
+  #accept(): void {
+    let fd: number | undefined;
+    try {
+      fd = acceptUnix(this.#fd);
+      if (fd === undefined) return;
+      this.#serve(fd);
+      this.#unwatch();
+    } catch (error) {
+      this.stats.failed(error);
+      if (fd !== undefined) closeFd(fd);
+      this.#unwatch();
+      this.#retry = setTimeout(() => this.#watch(), ACCEPT_RETRY_MS);
+    }
+  }
+
+  #serve(fd: number): void {
+    const session = new Session({
+      ...{ fd, device: this.#device, queues: this.#queues, stats: this.stats },
+      sealedMemory: this.#sealedMemory,
+    });
+    this.stats.connections++;
+    this.#session = session;
+    void session.closed.then(() => {
+      this.#session = undefined;
+      if (this.#closed === undefined) this.#watch();
+    });
+  }
+}

@@ -1,0 +1,317 @@
+/** One ring of a vhost-user session: its configuration, its two states, and the requests on it. */
+
+import { readlinkSync } from "node:fs";
+import { checkInteger, VirtioError } from "../errors.js";
+import type { VringAddress } from "../protocol/vhost-user.js";
+import { closeFd, EventFd, FdWatcher } from "../sys/index.js";
+import { DescriptorChain } from "../virtqueue/device-chain.js";
+import { DeviceVirtqueue, ringAreas } from "../virtqueue/device.js";
+import { VirtioFeature } from "../virtqueue/features.js";
+import { checkQueueSize } from "../virtqueue/layout.js";
+import type { BlkExecutor, CompletionSink } from "./blk-executor.js";
+import type { MemoryTable } from "./memory-table.js";
+import type { Pollable } from "./poller.js";
+import type { BackendStats } from "./stats.js";
+
+/** What a ring works with; the session exchanges it when memory or features change. */
+export interface RingContext {
+  /** The front-end's memory. */
+  readonly memory: MemoryTable;
+  /** Carries out requests on that memory. */
+  readonly executor: BlkExecutor;
+  /** Virtio features in force. */
+  readonly features: bigint;
+}
+
+/**
+ * Started and enabled are independent: a ring starts with `SET_VRING_KICK` and stops with `GET_VRING_BASE`;
+ * `SET_VRING_ENABLE` only opens the gate. Requests on a ring that is started but disabled stay where they are until
+ * it is enabled: a disk must neither carry them out nor answer them with errors that a guest would believe.
+ */
+export class Vring implements Pollable, CompletionSink {
+  /** Queue index. */
+  readonly index: number;
+  /** Whether the front-end enabled it. */
+  enabled = false;
+
+  private readonly stats: BackendStats;
+  private readonly onKick: (ring: Vring) => void;
+  private size = 0;
+  private base: number | undefined;
+  private address: VringAddress | undefined;
+  private kick: { readonly event: EventFd; readonly watcher: FdWatcher } | undefined;
+  private call: EventFd | undefined;
+  private error: EventFd | undefined;
+
+  private queue: DeviceVirtqueue | undefined;
+  private chain = new DescriptorChain(0);
+  private executor: BlkExecutor | undefined;
+  private broken = false;
+  private inFlight = 0;
+  private publishing: NodeJS.Immediate | undefined;
+  private readonly onDrained: (() => void)[] = [];
+  /** The mapping each area lies in, while it is started. */
+  private buffers: readonly ArrayBuffer[] = [];
+
+  constructor(index: number, stats: BackendStats, onKick: (ring: Vring) => void) {
+    this.index = index;
+    this.stats = stats;
+    this.onKick = onKick;
+  }
+
+  /** Whether it was started and not stopped. */
+  get started(): boolean {
+    return this.queue !== undefined;
+  }
+
+  /** Whether requests may be taken from it now. */
+  get runnable(): boolean {
+    return this.queue !== undefined && this.enabled && !this.broken;
+  }
+
+  /** Whether the driver wrote something impossible into it, or cannot be notified. */
+  get isBroken(): boolean {
+    return this.broken;
+  }
+
+  /** Whether requests are being worked on that finish later. */
+  get busy(): boolean {
+    return this.inFlight > 0;
+  }
+
+  /** `SET_VRING_NUM`. */
+  setSize(size: number): void {
+    this.refuseStarted("its size");
+    this.size = checkQueueSize(size, true);
+  }
+
+  /** `SET_VRING_BASE`. */
+  setBase(base: number): void {
+    this.refuseStarted("its base");
+    this.base = checkInteger("base", base, 0, 0xffff_ffff);
+  }
+
+  /** `SET_VRING_ADDR`. */
+  setAddress(address: VringAddress): void {
+    this.refuseStarted("its addresses");
+    this.address = address;
+  }
+
+  /**
+   * `SET_VRING_KICK`: start the ring, or exchange the descriptor of a started one.
+   *
+   * @throws VirtioError or RangeError when its size, base or addresses are missing or cannot be.
+   */
+  start(fd: number, context: RingContext): void {
+    const event = eventFrom(fd);
+    try {
+      if (this.queue === undefined) this.build(context, this.base);
+      const watcher = new FdWatcher(event.fd, { drain: true }, () => this.onKick(this));
+      this.closeKick();
+      this.kick = { event, watcher };
+    } catch (error) {
+      event.close();
+      throw error;
+    }
+  }
+
+  /**
+   * Refuse memory that a started ring does not lie in.
+   *
+   * @throws VirtioError ERR_VIRTIO_PROTOCOL.
+   */
+  checkAreas(memory: MemoryTable, features: bigint): void {
+    if (this.queue !== undefined) this.areas(memory, features);
+  }
+
+  /** Go on in other memory, if started; it was checked. No request may be in flight. */
+  rebuild(context: RingContext): void {
+    if (this.queue === undefined) return;
+    try {
+      this.build(context, this.queue.base);
+    } catch (error) {
+      this.breakDown(error);
+    }
+  }
+
+  /** Whether it is started and an area of it lies in this mapping. */
+  liesIn(buffer: ArrayBuffer): boolean {
+    return this.buffers.includes(buffer);
+  }
+
+  /** `SET_VRING_CALL`; undefined: the driver polls. */
+  setCall(fd: number | undefined): void {
+    const event = fd === undefined ? undefined : eventFrom(fd);
+    this.call?.close();
+    this.call = event;
+    // What the driver did not hear by the old descriptor, it hears by the new one.
+    if (this.queue !== undefined) event?.signal();
+  }
+
+  /** `SET_VRING_ERR`. */
+  setError(fd: number | undefined): void {
+    const event = fd === undefined ? undefined : eventFrom(fd);
+    this.error?.close();
+    this.error = event;
+  }
+
+  /**
+   * Stop the ring. No request may be in flight.
+   *
+   * @returns its position, for `GET_VRING_BASE`.
+   */
+  stop(): number {
+    if (this.queue !== undefined) this.base = this.queue.base;
+    this.queue = undefined;
+    this.buffers = [];
+    this.executor = undefined;
+    this.broken = false;
+    this.closeKick();
+    this.setCall(undefined);
+    return this.base ?? 0;
+  }
+
+  /** Stop it and forget its configuration. No request may be in flight. */
+  reset(): void {
+    this.stop();
+    this.setError(undefined);
+    this.enabled = false;
+    this.size = 0;
+    this.base = undefined;
+    this.address = undefined;
+  }
+
+  /** Resolves when no request is in flight and all answers are published. Call it when nothing more is taken. */
+  drained(): Promise<void> {
+    if (this.inFlight === 0) {
+      this.publish();
+      return Promise.resolve();
+    }
+    return new Promise((resolve) => {
+      this.onDrained.push(resolve);
+    });
+  }
+
+  process(limit: number): number {
+    const { queue, executor, chain } = this;
+    if (queue === undefined || executor === undefined || this.broken) return 0;
+    let count = 0;
+    try {
+      while (count < limit && queue.pop(chain)) {
+        count++;
+        const written = executor.execute(chain, this);
+        if (written >= 0) queue.push(chain.id, chain.ringCount, written);
+      }
+    } catch (error) {
+      this.breakDown(error);
+    }
+    if (count > 0) this.publish();
+    return count;
+  }
+
+  disarm(): void {
+    this.queue?.disableNotifications();
+  }
+
+  arm(): boolean {
+    return this.queue !== undefined && !this.broken && this.queue.enableNotifications();
+  }
+
+  begin(): void {
+    this.inFlight++;
+  }
+
+  /** Answers that come in the same turn of the event loop are published together. */
+  complete(id: number, ringCount: number, written: number): void {
+    this.queue?.push(id, ringCount, written);
+    this.inFlight--;
+    if (this.inFlight === 0 && this.onDrained.length > 0) {
+      this.publish();
+      for (const resolve of this.onDrained.splice(0)) resolve();
+      return;
+    }
+    this.publishing ??= setImmediate(() => this.publish());
+  }
+
+  private publish(): void {
+    if (this.publishing !== undefined) {
+      clearImmediate(this.publishing);
+      this.publishing = undefined;
+    }
+    if (this.queue?.publish() !== true || this.call === undefined) return;
+    this.stats.notifications++;
+    try {
+      this.call.signal();
+    } catch (error) {
+      this.breakDown(error);
+    }
+  }
+
+  private build(context: RingContext, base: number | undefined): void {
+    if (this.size === 0 || this.address === undefined) {
+      throw new VirtioError(
+        "ERR_VIRTIO_PROTOCOL",
+        `ring ${this.index} cannot start before SET_VRING_NUM and SET_VRING_ADDR`,
+      );
+    }
+    const { memory, executor, features } = context;
+    const areas = this.areas(memory, features);
+    this.queue = new DeviceVirtqueue({
+      ...{ queueSize: this.size, features, memory: memory.guest },
+      ...areas,
+      ...(base !== undefined && { base }),
+    });
+    this.buffers = [areas.descriptorArea.buffer, areas.driverArea.buffer, areas.deviceArea.buffer];
+    this.executor = executor;
+    this.chain = new DescriptorChain(this.size);
+    this.broken = false;
+  }
+
+  private areas(memory: MemoryTable, features: bigint) {
+    const shapes = ringAreas(this.size, (features & VirtioFeature.RING_PACKED) !== 0n);
+    const { desc = 0n, avail = 0n, used = 0n } = this.address ?? {};
+    return {
+      descriptorArea: memory.area("descriptor area", desc, shapes.descriptorArea),
+      driverArea: memory.area("driver area", avail, shapes.driverArea),
+      deviceArea: memory.area("device area", used, shapes.deviceArea),
+    };
+  }
+
+  /** Stop working on a ring that cannot be understood; the front-end hears of it by the error descriptor. */
+  private breakDown(error: unknown): void {
+    this.broken = true;
+    this.stats.failed(error);
+    try {
+      this.error?.signal();
+    } catch (signalError) {
+      this.stats.failed(signalError);
+    }
+  }
+
+  private closeKick(): void {
+    this.kick?.watcher.close();
+    this.kick?.event.close();
+    this.kick = undefined;
+  }
+
+  private refuseStarted(what: string): void {
+    if (this.queue === undefined) return;
+    throw new VirtioError(
+      "ERR_VIRTIO_PROTOCOL",
+      `ring ${this.index} is started; stop it with GET_VRING_BASE before changing ${what}`,
+    );
+  }
+}
+
+/**
+ * Take a descriptor over as an eventfd. Anything else is refused: a write to a pipe or file of the front-end's
+ * choice could wait for ever.
+ */
+function eventFrom(fd: number): EventFd {
+  const target = readlinkSync(`/proc/self/fd/${fd}`);
+  if (target !== "anon_inode:[eventfd]") {
+    closeFd(fd);
+    throw new VirtioError("ERR_VIRTIO_PROTOCOL", `a notification descriptor is an eventfd, got ${target}`);
+  }
+  return EventFd.fromFd(fd);
+}
