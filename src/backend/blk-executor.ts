@@ -31,6 +31,16 @@ export interface CompletionSink {
   complete(id: number, ringCount: number, written: number): void;
 }
 
+/** What is kept of a request that is answered later. */
+interface Answer {
+  readonly id: number;
+  readonly ringCount: number;
+  readonly written: number;
+  readonly writtenByFailure: number;
+  readonly memory: Uint8Array;
+  readonly statusAt: number;
+}
+
 type MemoryStorage = BlockStorage & Required<Pick<BlockStorage, "readInto" | "writeFrom">>;
 
 /**
@@ -215,22 +225,31 @@ export class BlkExecutor {
       return chain.writableBytes === written ? written : 0;
     }
     // The chain is used for the next request meanwhile: what is needed of it is kept here.
-    const { id, ringCount, writableBytes } = chain;
-    const memory = this.memory.bytes[chain.region[chain.count - 1]];
-    const at = chain.offset[chain.count - 1] + chain.length[chain.count - 1] - 1;
+    const last = chain.count - 1;
     sink.begin();
-    promise.then(
-      () => {
-        memory[at] = BlkStatus.OK;
-        sink.complete(id, ringCount, writableBytes === written ? written : 0);
-      },
-      (error: unknown) => {
-        this.stats.failed(error);
-        memory[at] = BlkStatus.IOERR;
-        sink.complete(id, ringCount, writableBytes === BLK_STATUS_SIZE ? BLK_STATUS_SIZE : 0);
-      },
-    );
+    void this.answerLater(promise, sink, {
+      id: chain.id,
+      ringCount: chain.ringCount,
+      written: chain.writableBytes === written ? written : 0,
+      writtenByFailure: chain.writableBytes === BLK_STATUS_SIZE ? BLK_STATUS_SIZE : 0,
+      memory: this.memory.bytes[chain.region[last]],
+      statusAt: chain.offset[last] + chain.length[last] - 1,
+    });
     return PENDING;
+  }
+
+  private async answerLater(work: Promise<void>, sink: CompletionSink, answer: Answer): Promise<void> {
+    const { id, ringCount, memory, statusAt } = answer;
+    try {
+      await work;
+    } catch (error) {
+      this.stats.failed(error);
+      memory[statusAt] = BlkStatus.IOERR;
+      sink.complete(id, ringCount, answer.writtenByFailure);
+      return;
+    }
+    memory[statusAt] = BlkStatus.OK;
+    sink.complete(id, ringCount, answer.written);
   }
 
   /** Views of `length` bytes of elements from byte `skip` on; elements that touch become one. */
@@ -321,9 +340,13 @@ function all(views: readonly Uint8Array[], work: (view: Uint8Array) => void | Pr
   }
   if (pending.length === 0) return undefined;
   if (pending.length === 1) return pending[0];
-  return Promise.allSettled(pending).then((results) => {
-    for (const result of results) if (result.status === "rejected") throw result.reason;
-  });
+  return settled(pending);
+}
+
+/** Wait for all of them, then fail as the first that failed. */
+async function settled(pending: readonly Promise<void>[]): Promise<void> {
+  const results = await Promise.allSettled(pending);
+  for (const result of results) if (result.status === "rejected") throw result.reason;
 }
 
 /** One segment after the other; the words were checked. */

@@ -94,12 +94,14 @@ class Child {
       child.once("error", (error) => resolve(error.message));
       child.once("exit", (code, signal) => resolve(signal === null ? `exit code ${code}` : signal));
     });
-    void this.#exited.then((how) => {
-      this.#ended = how;
-      this.#onReport?.();
-      // A child that was killed could not do it.
-      if (this.#path !== undefined) rmSync(dirname(this.#path), { recursive: true, force: true });
-    });
+    void this.#cleanUp();
+  }
+
+  async #cleanUp(): Promise<void> {
+    this.#ended = await this.#exited;
+    this.#onReport?.();
+    // A child that was killed could not do it.
+    if (this.#path !== undefined) rmSync(dirname(this.#path), { recursive: true, force: true });
   }
 
   /** Tell the child what to do; resolves with its socket when it listens. */

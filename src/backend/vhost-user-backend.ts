@@ -159,9 +159,12 @@ export class VhostUserBackend {
     });
     this.stats.connections++;
     this.#session = session;
-    void session.closed.then(() => {
-      this.#session = undefined;
-      if (this.#closed === undefined) this.#watch();
-    });
+    void this.#served(session);
+  }
+
+  async #served(session: Session): Promise<void> {
+    await session.closed;
+    this.#session = undefined;
+    if (this.#closed === undefined) this.#watch();
   }
 }

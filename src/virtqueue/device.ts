@@ -120,7 +120,7 @@ export class DeviceVirtqueue {
   // Both halves are there in the eyes of V8, one of them never used: call sites stay monomorphic.
   private readonly split!: DeviceSplitRing;
   private readonly packed!: DevicePackedRing;
-  private broken: unknown;
+  private broken: Error | undefined;
 
   constructor(options: DeviceVirtqueueOptions) {
     checkOptions("DeviceVirtqueue", options, [
@@ -158,7 +158,7 @@ export class DeviceVirtqueue {
     try {
       return this.isPacked ? this.packed.pop(chain) : this.split.pop(chain);
     } catch (error) {
-      this.broken = error;
+      this.broken = error instanceof Error ? error : new Error(String(error));
       throw error;
     }
   }
