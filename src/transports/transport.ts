@@ -110,6 +110,9 @@ export interface VirtioTransport {
   /** Called when the device says that its config space changed. */
   onConfigChange: (() => void) | undefined;
 
-  /** Stop the queues, withdraw the memory, release everything. Idempotent; never rejects. */
+  /**
+   * Stop the queues, withdraw the memory, release everything. Idempotent. Rejects only with what a back-end that
+   * was started for this transport alone has to say of its end, after everything was released.
+   */
   close(): Promise<void>;
 }

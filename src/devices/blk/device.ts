@@ -83,7 +83,8 @@ export class BlockDevice {
       const memory = await startBlkQueues(transport, config, options);
       return new BlockDevice(transport, config, memory, options);
     } catch (error) {
-      await transport.close();
+      // Why it could not be opened matters more than whether what stands behind it ended well.
+      await transport.close().catch(() => undefined);
       throw error;
     }
   }
@@ -303,6 +304,9 @@ export class BlockDevice {
   /**
    * Wait for what is pending (5 seconds at most), stop the device, release all memory. Lent buffers end with it.
    * Idempotent: a second call waits for the first.
+   *
+   * @throws VirtioError ERR_VIRTIO_BACKEND when the embedded back-end of a `ram:` or `file:` address could not
+   *   flush, or had ended before. Everything is released all the same.
    */
   close(): Promise<void> {
     this.closing ??= this.shutDown();
@@ -323,8 +327,11 @@ export class BlockDevice {
     // From here on nobody looks at the memory, which is about to go. What is still in flight is told only when
     // the device cannot touch it any more.
     for (const queue of this.allQueues) queue.fail(closed);
-    await this.transport.close();
-    this.endAll(closed);
+    try {
+      await this.transport.close();
+    } finally {
+      this.endAll(closed);
+    }
   }
 
   private endAll(error: VirtioError): void {
