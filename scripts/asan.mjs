@@ -1,0 +1,70 @@
+/**
+ * Builds the addon with AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of the system calls and of
+ * memory on it. Fails on a failed test and on any report, also one of a child or worker whose end no test looks at.
+ */
+
+import { spawnSync } from "node:child_process";
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, isAbsolute, join } from "node:path";
+import process from "node:process";
+import { fileURLToPath } from "node:url";
+import { compile } from "./build-native.mjs";
+
+const root = dirname(dirname(fileURLToPath(import.meta.url)));
+const folder = mkdtempSync(join(tmpdir(), "virtio-asan-"));
+const TIMEOUT_MS = 60_000;
+
+/** The sanitizer's runtime, which has to be there before Node.js starts. */
+function findRuntime() {
+  const run = spawnSync("gcc", ["-print-file-name=libasan.so"], { encoding: "utf8" });
+  const path = run.stdout?.trim() ?? "";
+  return isAbsolute(path) ? path : undefined;
+}
+
+function testFiles(name) {
+  const path = join(root, "dist", "test", name);
+  return readdirSync(path)
+    .filter((file) => file.endsWith(".test.js"))
+    .map((file) => join(path, file));
+}
+
+function main() {
+  const runtime = findRuntime();
+  if (runtime === undefined) {
+    console.error("asan: gcc or its libasan is missing; install them (Debian: apt-get install gcc libc6-dev)");
+    return 1;
+  }
+  const addon = join(folder, "syscalls.node");
+  const built = compile(addon, ["-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"]);
+  if (built.status !== "built") {
+    console.error(`asan: ${built.reason}`);
+    return 1;
+  }
+  const log = join(folder, "report");
+  const tests = spawnSync(process.execPath, ["--test", ...testFiles("sys"), ...testFiles("memory")], {
+    stdio: ["ignore", "inherit", "inherit"],
+    timeout: TIMEOUT_MS,
+    killSignal: "SIGKILL",
+    env: {
+      ...process.env,
+      LD_PRELOAD: runtime,
+      VIRTIO_NATIVE_PATH: addon,
+      // Node.js itself leaves memory behind at exit, as do programs that the tests start: so no leak check here;
+      // the tests count descriptors and mappings. Reports go to files, so that none is lost in a child's output.
+      ASAN_OPTIONS: `detect_leaks=0:log_path=${log}`,
+      UBSAN_OPTIONS: `print_stacktrace=1:log_path=${log}`,
+    },
+  });
+  const reports = readdirSync(folder).filter((file) => file.startsWith("report"));
+  for (const file of reports) console.error(readFileSync(join(folder, file), "utf8"));
+  if (tests.error !== undefined) console.error(`asan: the tests did not end: ${tests.error.message}`);
+  console.error(`asan: ${reports.length} reports, tests ${tests.status === 0 ? "passed" : "failed"}`);
+  return reports.length === 0 && tests.status === 0 ? 0 : 1;
+}
+
+try {
+  process.exitCode = main();
+} finally {
+  rmSync(folder, { recursive: true });
+}
