@@ -7,6 +7,7 @@ import { ERR_VIRTIO_ARGUMENT, VirtioError, type VirtioErrorCode } from "../error
 export const EXIT = { ok: 0, failed: 1, usage: 2, device: 4 } as const;
 
 const DEVICE_CODES: readonly VirtioErrorCode[] = [
+  "ERR_VIRTIO_BACKEND",
   "ERR_VIRTIO_CONNECT",
   "ERR_VIRTIO_DISCONNECTED",
   "ERR_VIRTIO_NATIVE_UNAVAILABLE",

@@ -7,10 +7,12 @@ import { reportFailure } from "./failure.js";
 
 /** The subcommands, in the order in which the help lists them. A new one is a line here and a file. */
 const COMMANDS: Readonly<Record<string, () => Promise<{ readonly command: Command }>>> = {
+  demo: () => import("./demo.js"),
   info: () => import("./info.js"),
   read: () => import("./read.js"),
   write: () => import("./write.js"),
   bench: () => import("./bench.js"),
+  serve: () => import("./serve.js"),
   layout: () => import("./layout.js"),
 };
 
@@ -19,7 +21,11 @@ Devices are named by address: vhost-user:PATH, ram:SIZE, file:PATH. Sizes: 512, 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 4 device or permission.
 
 Examples:
-  virtio layout --queue-size 8           where every field of a virtqueue lies`;
+  virtio demo                                          see a disk written, read back and verified
+  virtio info vhost-user:/run/disk.sock                what a device offers
+  virtio read vhost-user:/run/disk.sock > disk.img     copy a disk
+  virtio serve file:disk.img --socket /run/disk.sock   be the disk
+  virtio layout --queue-size 8                         where every field of a virtqueue lies`;
 
 async function main(words: readonly string[]): Promise<void> {
   const program = new Command("virtio")

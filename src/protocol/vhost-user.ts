@@ -283,7 +283,7 @@ export const vringStateCodec: VhostUserCodec<VringState, VringState> = {
  * @example
  * ```ts
  * import { vringFdCodec } from "virtio-driver/protocol";
- * console.log(vringFdCodec.encode({ index: 3, noFd: true }).subarray(0, 2)); // 3, 1
+ * console.log(vringFdCodec.encode({ index: 3, noFd: true }).subarray(0, 2)); // Uint8Array(2) [ 3, 1 ]
  * ```
  */
 export const vringFdCodec: VhostUserCodec<VringFd, VringFd> = {

@@ -1,6 +1,7 @@
 /** Runs the real command in a process of its own. */
 
-import { type ChildProcessWithoutNullStreams, spawn } from "node:child_process";
+import { type ChildProcessByStdio, type ChildProcessWithoutNullStreams, spawn } from "node:child_process";
+import type { Readable, Writable } from "node:stream";
 import { fileURLToPath } from "node:url";
 
 /** What a finished command left. */
@@ -14,17 +15,17 @@ export interface Finished {
 const MAIN = fileURLToPath(new URL("../../src/cli/main.js", import.meta.url));
 const TIMEOUT_MS = 60_000;
 
-/** Start `virtio` with these words. */
+/** Start `virtio` with these words, all three streams as pipes. */
 export function start(words: readonly string[], env: NodeJS.ProcessEnv = {}): ChildProcessWithoutNullStreams {
-  return spawn(process.execPath, [MAIN, ...words], {
-    stdio: "pipe",
-    timeout: TIMEOUT_MS,
-    env: { ...process.env, NO_COLOR: "1", ...env },
-  });
+  return spawn(process.execPath, [MAIN, ...words], { stdio: "pipe", ...options(env) });
 }
 
-/** Run `virtio` with these words, `input` on stdin, until it ends. */
-export async function virtio(words: readonly string[], input: string | Uint8Array = ""): Promise<Finished> {
+/** Run `virtio` with these words until it ends; stdin is `input`, or an open file. */
+export async function virtio(words: readonly string[], input: string | Uint8Array | number = ""): Promise<Finished> {
+  if (typeof input === "number") {
+    const child = spawn(process.execPath, [MAIN, ...words], { stdio: [input, "pipe", "pipe"], ...options({}) });
+    return finished(child as ChildProcessByStdio<null, Readable, Readable>);
+  }
   const child = start(words);
   child.stdin.on("error", () => undefined); // a command that ends early does not read all of it
   child.stdin.end(input);
@@ -32,7 +33,7 @@ export async function virtio(words: readonly string[], input: string | Uint8Arra
 }
 
 /** Collect the output of `child` until it ends. */
-export async function finished(child: ChildProcessWithoutNullStreams): Promise<Finished> {
+export async function finished(child: ChildProcessByStdio<Writable | null, Readable, Readable>): Promise<Finished> {
   const out: Buffer[] = [];
   const err: Buffer[] = [];
   child.stdout.on("data", (chunk: Buffer) => out.push(chunk));
@@ -42,4 +43,8 @@ export async function finished(child: ChildProcessWithoutNullStreams): Promise<F
     child.on("close", (...ended) => resolve(ended));
   });
   return { code, signal, stdout: Buffer.concat(out), stderr: Buffer.concat(err).toString() };
+}
+
+function options(env: NodeJS.ProcessEnv): { timeout: number; env: NodeJS.ProcessEnv } {
+  return { timeout: TIMEOUT_MS, env: { ...process.env, NO_COLOR: "1", ...env } };
 }
