@@ -1,7 +1,7 @@
 /** Builds native/syscalls.c into prebuilds/ with one call of the C compiler; says so in one sentence when it cannot. */
 
 import { spawnSync } from "node:child_process";
-import { existsSync, mkdirSync, realpathSync, renameSync, rmSync, statSync } from "node:fs";
+import { existsSync, mkdirSync, realpathSync, renameSync, statSync } from "node:fs";
 import { dirname, join, relative } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
@@ -43,10 +43,7 @@ export function compile(output, extraFlags = []) {
         `or name it in $CC, then run: node ${script}`,
     );
   }
-  if (run.status !== 0) {
-    rmSync(temporary, { force: true });
-    return { status: "failed", reason: run.stderr };
-  }
+  if (run.status !== 0) return { status: "failed", reason: run.stderr };
   renameSync(temporary, output);
   return { status: "built" };
 }

@@ -200,7 +200,7 @@ export class BufferPool {
           "allocate smaller buffers",
       );
     }
-    if (!this.#closed) this.addRegion(region);
+    this.addRegion(region);
   }
 
   #takeBack(buffer: DeviceBuffer): void {
