@@ -26,7 +26,7 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   // Both sides meet only on the wire.
   backend: DRIVER_FLOORS,
   testing: [...DRIVER_FLOORS, "transports/transport.ts", "backend"],
-  address: [...DRIVER_FLOORS, "transports", "backend"],
+  address: [...DRIVER_FLOORS, "transports", "devices", "backend"],
   index: [...DRIVER_FLOORS, "transports", "devices", "backend", "address"],
   cli: [...DRIVER_FLOORS, "transports", "devices", "backend", "address", "index"],
 };

@@ -86,7 +86,7 @@ function normal(line: string): string {
 }
 
 /** The name of the program made of an example, without extension. */
-export function programName({ file, line }: DocExample): string {
+function programName({ file, line }: DocExample): string {
   return `${file.replaceAll(/[^a-zA-Z0-9-]+/g, "_")}.line${line}`;
 }
 

@@ -4,14 +4,13 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { VirtioError } from "../errors.js";
-import type { SpawnBackendOptions } from "./spawn.js";
 import { openStorage, type StorageSpec } from "./spec.js";
-import { VhostUserBackend } from "./vhost-user-backend.js";
+import { VhostUserBackend, type VhostUserBackendOptions } from "./vhost-user-backend.js";
 
 /** The first message of the parent: what to serve. The second, any, ends the child. */
 export interface ChildStart {
   readonly spec: StorageSpec;
-  readonly options: SpawnBackendOptions;
+  readonly options: Pick<VhostUserBackendOptions, "queues" | "packed" | "blockSize">;
 }
 
 /** A message of the child: where it listens, or what went wrong. */

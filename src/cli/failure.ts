@@ -4,7 +4,7 @@ import { CommanderError } from "commander";
 import { ERR_VIRTIO_ARGUMENT, VirtioError, type VirtioErrorCode } from "../errors.js";
 
 /** Exit codes of the command. */
-export const EXIT = { ok: 0, failed: 1, usage: 2, device: 4 } as const;
+const EXIT = { ok: 0, failed: 1, usage: 2, device: 4 } as const;
 
 const DEVICE_CODES: readonly VirtioErrorCode[] = [
   "ERR_VIRTIO_BACKEND",
