@@ -72,6 +72,10 @@ export interface PeerOptions {
   readonly paused?: boolean;
 }
 
+/** Timers of tests may be mocked; the peer's patience is real. */
+const realSetTimeout = setTimeout;
+const realClearTimeout = clearTimeout;
+
 /** Make a message in the layout of the protocol. */
 export function message(
   request: number,
@@ -162,7 +166,22 @@ export class ScriptedPeer {
   /** Wait until `test` holds; it is asked after each message and each disconnection. */
   until(test: () => boolean): Promise<void> {
     if (test()) return Promise.resolve();
-    return new Promise((resolve) => this.#waiting.push({ test, resolve }));
+    return new Promise((resolve, reject) => {
+      const patience = realSetTimeout(() => {
+        reject(
+          new Error(
+            `the peer waited in vain; it is ${this.connected ? "" : "dis"}connected, and got ${this.names.join(", ")}`,
+          ),
+        );
+      }, 5000);
+      this.#waiting.push({
+        test,
+        resolve: () => {
+          realClearTimeout(patience);
+          resolve();
+        },
+      });
+    });
   }
 
   /** Wait until a message of this name has come. */

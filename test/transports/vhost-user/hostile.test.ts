@@ -1,7 +1,7 @@
 /** Back-ends that hang up, fall silent or answer wrongly, at every message of a device's life. */
 
 import assert from "node:assert/strict";
-import { describe, test } from "node:test";
+import { describe, type TestContext, test } from "node:test";
 import type { VirtioErrorCode } from "../../../src/errors.js";
 import { EventFd } from "../../../src/sys/index.js";
 import { VhostUser } from "../../../src/transports/index.js";
@@ -114,15 +114,17 @@ async function liveAndClose(path: string): Promise<void> {
 }
 
 /** A whole life beside a peer that misbehaves at the first message called `name`. */
-function peerFor(name: string, deed: (received: Received, right: Buffer) => Deed): ScriptedPeer {
+function peerFor(t: TestContext, name: string, deed: (received: Received, right: Buffer) => Deed): ScriptedPeer {
   let done = false;
-  return new ScriptedPeer({
+  const peer = new ScriptedPeer({
     misbehave(received, right) {
       if (done || received.name !== name || right === undefined) return undefined;
       done = true;
       return deed(received, right);
     },
   });
+  t.after(() => peer.close());
+  return peer;
 }
 
 /** Check that `work` leaves no descriptor and no mapping behind. */
@@ -135,9 +137,9 @@ async function withoutLeak(work: () => Promise<void>): Promise<void> {
 for (const { what, code, words, deed, except = [] } of MISDEEDS) {
   describe(`VHU-FE-03 a back-end that ${what}`, () => {
     for (const name of AWAITED.filter((each) => !except.includes(each))) {
-      test(`at ${name}`, () =>
+      test(`at ${name}`, (t) =>
         withoutLeak(async () => {
-          const peer = peerFor(name, deed);
+          const peer = peerFor(t, name, deed);
           await assert.rejects(liveAndClose(peer.path), virtioError(code, words));
           await peer.until(() => !peer.connected);
           assert.ok(peer.names.includes(name));
@@ -149,10 +151,10 @@ for (const { what, code, words, deed, except = [] } of MISDEEDS) {
 
 describe("VHU-FE-03 a back-end that sends descriptors with a reply", () => {
   for (const name of AWAITED) {
-    test(`at ${name}`, () =>
+    test(`at ${name}`, (t) =>
       withoutLeak(async () => {
         const event = EventFd.create();
-        const peer = peerFor(name, (_, right) => ({ bytes: right, fds: [event.fd, event.fd] }));
+        const peer = peerFor(t, name, (_, right) => ({ bytes: right, fds: [event.fd, event.fd] }));
         await assert.rejects(liveAndClose(peer.path), virtioError(PROTOCOL, "2 descriptors that nobody asked for"));
         await peer.until(() => !peer.connected);
         peer.close();
@@ -163,10 +165,10 @@ describe("VHU-FE-03 a back-end that sends descriptors with a reply", () => {
 
 describe("VHU-FE-03 a back-end that sends more than the reply", () => {
   for (const name of AWAITED) {
-    test(`at ${name}`, () =>
+    test(`at ${name}`, (t) =>
       withoutLeak(async () => {
         for (const extra of [Buffer.alloc(1), message(1, 5, u64(0n)), Buffer.alloc(4000, 0xff)]) {
-          const peer = peerFor(name, (_, right) => ({ bytes: Buffer.concat([right, extra]) }));
+          const peer = peerFor(t, name, (_, right) => ({ bytes: Buffer.concat([right, extra]) }));
           await assert.rejects(async () => {
             const device = await VhostUser.connect(peer.path);
             const lost = new Promise<never>((_, reject) => {
@@ -199,6 +201,7 @@ describe("a back-end that falls silent", () => {
             return silent ? {} : undefined;
           },
         });
+        t.after(() => peer.close());
         const life = liveAndClose(peer.path);
         const outcome = assert.rejects(life, virtioError("ERR_VIRTIO_TIMEOUT", `the reply to ${name}`));
         await peer.received(name);
@@ -226,9 +229,9 @@ describe("replies whose content is wrong", () => {
     ["GET_VRING_BASE", "queue 0 was answered for 7", (right) => (right.writeUInt32LE(7, 12), right)],
   ];
   for (const [name, words, wrong] of cases) {
-    test(`VHU-FE-25 ${name}: ${words}`, () =>
+    test(`VHU-FE-25 ${name}: ${words}`, (t) =>
       withoutLeak(async () => {
-        const peer = peerFor(name, (_, right) => ({ bytes: wrong(right) }));
+        const peer = peerFor(t, name, (_, right) => ({ bytes: wrong(right) }));
         await assert.rejects(liveAndClose(peer.path), virtioError(PROTOCOL, words));
         await peer.until(() => !peer.connected);
         peer.close();
@@ -245,9 +248,10 @@ describe("replies whose content is wrong", () => {
 describe("refusals", () => {
   const refusable = AWAITED.filter((name) => !name.startsWith("GET_"));
   for (const name of refusable) {
-    test(`VHU-FE-31 a status that is not 0 names ${name}, and the connection is usable afterwards`, () =>
+    test(`VHU-FE-31 a status that is not 0 names ${name}, and the connection is usable afterwards`, (t) =>
       withoutLeak(async () => {
         const peer = new ScriptedPeer({ status: (received) => (received.name === name ? 1n << 63n : 0n) });
+        t.after(() => peer.close());
         const words = `${name} (status ${1n << 63n})`;
         if (name === "SET_BACKEND_REQ_FD") {
           await assert.rejects(VhostUser.connect(peer.path), virtioError("ERR_VIRTIO_REJECTED", words));

@@ -288,6 +288,7 @@ describe("close", () => {
     ];
     for (const options of peers) {
       const peer = new ScriptedPeer(options);
+      t.after(() => peer.close());
       const device = await VhostUser.connect(peer.path);
       await device.negotiate(0n);
       const region = await device.mapMemory(1);
@@ -305,12 +306,13 @@ describe("close", () => {
 });
 
 describe("nothing is left", () => {
-  test("of 200 connections, whole and broken off, no descriptor and no mapping", async () => {
+  test("of 200 connections, whole and broken off, no descriptor and no mapping", async (t) => {
     const step = ["GET_FEATURES", "SET_BACKEND_REQ_FD", "ADD_MEM_REG", "SET_VRING_CALL", "GET_VRING_BASE", "none"];
     const cycle = async (i: number) => {
       const peer = new ScriptedPeer({
         misbehave: ({ name }) => (name === step[i % step.length] ? { close: true } : undefined),
       });
+      t.after(() => peer.close());
       try {
         const device = await VhostUser.connect(peer.path);
         await live(device).finally(() => device.close());
