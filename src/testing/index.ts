@@ -1,3 +1,11 @@
 /** Fakes for tests of drivers and devices: the subpath `virtio-driver/testing`. */
 
+export { type FakeBlkAnswer, FakeBlkRequest, takeBlk } from "./fake-blk.js";
 export { FakeDevice, type FakeDeviceOptions, FakeRequest, linearMemory } from "./fake-device.js";
+export {
+  type FakeEvent,
+  FakeQueue,
+  type FakeStep,
+  FakeTransport,
+  type FakeTransportOptions,
+} from "./fake-transport.js";

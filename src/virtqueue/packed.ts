@@ -174,8 +174,8 @@ export class PackedRing {
   /** End the chain under construction; see `Virtqueue.commit`. */
   commit(): number {
     const builder = this.builder;
-    builder.finish();
     const id = this.buildId;
+    builder.finish(id === this.nextId());
     const count = builder.count;
     const noNext = ~(VIRTQ_DESC_F_NEXT << 16);
     if (builder.indirect) {
@@ -194,7 +194,7 @@ export class PackedRing {
    */
   rewind(): void {
     const builder = this.builder;
-    if (!builder.indirect) {
+    if (builder.limit !== 0 && !builder.indirect) {
       let cursor = this.nextAvail;
       let bits = this.availBits;
       for (let i = 0; i < builder.count; i++) {
@@ -292,9 +292,12 @@ export class PackedRing {
     return this.hasUsed();
   }
 
-  /** Position part of a notification: next available entry, wrap counter in bit 15 (2.9). */
+  /** Position part of a notification: the next entry not yet available, wrap counter in bit 15 (2.9). */
   get notificationOffset(): number {
-    return this.nextAvail | (this.availWrap << 15);
+    if (this.heldAt < 0) return this.nextAvail | (this.availWrap << 15);
+    // Committed chains are not available before publish: the position is that of the first of them.
+    const wrap = ((this.heldTail >>> 16) & VIRTQ_DESC_F_AVAIL) === 0 ? 0 : WRAP_BIT;
+    return ((this.heldAt - TAIL) / DESC_WORDS) | wrap;
   }
 
   /** Position that a stopped device goes on from: the value of SET_VRING_BASE, both halves alike. */

@@ -70,12 +70,7 @@ export class ChainBuilder {
 
   /** Start a chain of at most `limit` elements. */
   start(limit: number, indirect: boolean): void {
-    if (this.limit !== 0) {
-      throw new VirtioError(
-        "ERR_VIRTIO_QUEUE_BROKEN",
-        "begin: a chain is already being built; commit() or rewind() it first",
-      );
-    }
+    if (this.limit !== 0) throw rangeError("begin", "commit() or rewind() of the chain before", "a second begin()");
     this.limit = limit;
     this.count = 0;
     this.indirect = indirect;
@@ -88,7 +83,7 @@ export class ChainBuilder {
     if (this.count >= this.limit) {
       throw rangeError("elements", `at most the ${this.limit} announced to begin()`, this.count + 1);
     }
-    if (!(length > 0 && length <= 0xffffffff)) throw rangeError("length", "1 to 2^32-1 bytes", length);
+    if (length >>> 0 !== length || length === 0) throw rangeError("length", "1 to 2^32-1 bytes", length);
     if (this.total + length > MAX_CHAIN_BYTES) {
       throw rangeError("length", "a chain of at most 2^32 bytes in all", this.total + length);
     }
@@ -98,9 +93,11 @@ export class ChainBuilder {
     this.count++;
   }
 
-  /** End the chain; it is complete. */
-  finish(): void {
-    if (this.count === 0) throw rangeError("elements", "at least one before commit()", 0);
+  /** End the chain; it is complete. `intact` says whether its place in the ring is still its own. */
+  finish(intact: boolean): void {
+    if (this.limit === 0 || this.count === 0)
+      throw rangeError("elements", "at least one between begin() and commit()", 0);
+    if (!intact) throw rangeError("commit", "neither poll() nor addFramed() since begin()", "one of them");
     this.limit = 0;
   }
 

@@ -85,6 +85,7 @@ export class SplitRing {
   private readonly orderAt: Uint16Array;
 
   private readonly builder = new ChainBuilder();
+  private buildHead = 0;
   private buildCursor = 0;
   private freeHead = 0;
   private availIdx = 0;
@@ -140,6 +141,7 @@ export class SplitRing {
     const indirect = count > 1 && count <= this.tableEntries;
     if (this.numFree < (indirect ? 1 : count)) return -1;
     this.builder.start(count, indirect);
+    this.buildHead = this.freeHead;
     this.buildCursor = this.freeHead;
     if (indirect) this.shape[this.freeHead] = SHAPE_NONE;
     return this.freeHead;
@@ -151,22 +153,22 @@ export class SplitRing {
     builder.add(length, isWritable);
     const flags = VIRTQ_DESC_F_NEXT | (isWritable ? VIRTQ_DESC_F_WRITE : 0);
     if (builder.indirect) {
-      const at = (this.freeHead * this.tableEntries + builder.count - 1) * DESC_WORDS;
+      const at = (this.buildHead * this.tableEntries + builder.count - 1) * DESC_WORDS;
       writeDescriptor(this.table, at, lo, hi, length, flags | (builder.count << 16));
       return;
     }
     const d = this.buildCursor;
     writeDescriptor(this.desc, d * DESC_WORDS, lo, hi, length, flags | (this.next[d] << 16));
     this.shape[d] = SHAPE_NONE;
-    this.last[this.freeHead] = d;
+    this.last[this.buildHead] = d;
     this.buildCursor = this.next[d];
   }
 
   /** End the chain under construction; see `Virtqueue.commit`. */
   commit(): number {
     const builder = this.builder;
-    builder.finish();
-    const head = this.freeHead;
+    const head = this.buildHead;
+    builder.finish(head === this.freeHead);
     const count = builder.count;
     if (builder.indirect) {
       // The last entry of a table has no NEXT; nothing of it is visible yet.

@@ -76,17 +76,27 @@ export class Virtqueue {
     if (layout.packed !== ((features & VirtioFeature.RING_PACKED) !== 0n)) {
       throw rangeError("layout", "the format that the features say", layout.packed ? "packed" : "split");
     }
+    if (!(buffer instanceof ArrayBuffer)) throw typeError("buffer", "an ArrayBuffer", buffer);
+    if (buffer.byteLength < layout.endOffset) {
+      throw rangeError("buffer", `at least the ${layout.endOffset} bytes of the layout`, buffer.byteLength);
+    }
     const offset = checkInteger("offset", options.offset ?? 0, 0, buffer.byteLength - layout.endOffset);
     const iova = checkAddress("iova", options.iova, layout.endOffset);
     if (offset % DESC_ALIGN !== 0) throw rangeError("offset", `a multiple of ${DESC_ALIGN}`, offset);
-    if (frame !== undefined && frame.trailerOffset + frame.trailerLength > layout.requestSize) {
-      throw rangeError("frame", `ends inside the ${layout.requestSize} bytes of a request`, frame.trailerOffset);
+    if (frame !== undefined) {
+      checkInteger("frame.headerLength", frame.headerLength, 1, layout.requestSize);
+      checkInteger("frame.trailerLength", frame.trailerLength, 1, layout.requestSize - frame.headerLength);
+      const lastOffset = layout.requestSize - frame.trailerLength;
+      checkInteger("frame.trailerOffset", frame.trailerOffset, frame.headerLength, lastOffset);
     }
     let indirect: IndirectTables | undefined;
     if (options.indirect !== undefined && (features & VirtioFeature.INDIRECT_DESC) !== 0n) {
       indirect = options.indirect;
       const entries = checkInteger("indirect.entries", indirect.entries, 1, layout.queueSize);
       const bytes = layout.queueSize * entries * DESC_SIZE;
+      if (buffer.byteLength < bytes) {
+        throw rangeError("indirect.entries", `tables that fit into ${buffer.byteLength} bytes`, entries);
+      }
       checkInteger("indirect.offset", indirect.offset, 0, buffer.byteLength - bytes);
       if (indirect.offset % DESC_ALIGN !== 0) throw rangeError("indirect.offset", "a multiple of 16", indirect.offset);
       checkAddress("indirect.iova", indirect.iova, bytes);
@@ -106,15 +116,18 @@ export class Virtqueue {
   }
 
   /**
-   * Start a chain of at most `count` elements. Nothing is visible to the device before {@link publish}.
+   * Start a chain of at most `count` elements. Nothing is visible to the device before {@link publish}. Until
+   * `commit` or `rewind` neither `poll` nor `addFramed` may be called; `commit` refuses otherwise.
    *
    * @param count - elements, 1 to {@link maxElements}, readable ones first.
    * @returns the slot, or -1 when there is no room now.
-   * @throws RangeError for another count.
+   * @throws RangeError for another count, or while another chain is being built.
    */
   begin(count: number): number {
     if (this.broken !== undefined) throw this.broken;
-    if (!(count >= 1 && count <= this.maxElements)) throw rangeError("count", `1 to ${this.maxElements}`, count);
+    if (!(Number.isSafeInteger(count) && count >= 1 && count <= this.maxElements)) {
+      throw rangeError("count", `1 to ${this.maxElements}`, count);
+    }
     return this.isPacked ? this.packed.begin(count) : this.split.begin(count);
   }
 
@@ -137,7 +150,7 @@ export class Virtqueue {
    * End the chain; the next {@link publish} makes it visible.
    *
    * @returns its slot.
-   * @throws RangeError when it has no element.
+   * @throws RangeError when it has no element, or no chain was begun.
    */
   commit(): number {
     return this.isPacked ? this.packed.commit() : this.split.commit();
@@ -172,6 +185,7 @@ export class Virtqueue {
    * @returns whether the device must be notified; never true when nothing was committed.
    */
   publish(): boolean {
+    if (this.broken !== undefined) throw this.broken;
     return this.isPacked ? this.packed.publish() : this.split.publish();
   }
 
@@ -198,11 +212,13 @@ export class Virtqueue {
 
   /** Whether the device has used a chain that {@link poll} has not returned. */
   hasUsed(): boolean {
+    if (this.broken !== undefined) throw this.broken;
     return this.isPacked ? this.packed.hasUsed() : this.split.hasUsed();
   }
 
-  /** Ask the device not to send used buffer notifications. Some may still come. */
+  /** Ask the device not to send used buffer notifications. Some may still come. Nothing happens on a broken queue. */
   disableNotifications(): void {
+    if (this.broken !== undefined) return;
     if (this.isPacked) this.packed.disableNotifications();
     else this.split.disableNotifications();
   }
@@ -213,6 +229,7 @@ export class Virtqueue {
    * @returns whether chains were used meanwhile: then poll again before waiting.
    */
   enableNotifications(): boolean {
+    if (this.broken !== undefined) throw this.broken;
     return this.isPacked ? this.packed.enableNotifications() : this.split.enableNotifications();
   }
 

@@ -52,17 +52,21 @@ const operations = fc.array(fc.tuple(fc.nat(15), fc.nat(200), fc.nat(200)), {
 
 function options(packed: boolean): fc.Arbitrary<PairOptions> {
   const sizes = packed ? [1, 2, 3, 4, 5, 7, 8, 13, 16, 100] : [1, 2, 4, 8, 16, 64];
-  return fc.record({
-    queueSize: fc.constantFrom(...sizes),
-    packed: fc.constant(packed),
-    eventIdx: fc.boolean(),
-    inOrder: fc.boolean(),
-    tableEntries: fc.constantFrom(0, 1, 2, 3, 8),
-  }).map((choice) => ({ ...choice, tableEntries: Math.min(choice.tableEntries, choice.queueSize) }));
+  return fc
+    .record({
+      queueSize: fc.constantFrom(...sizes),
+      packed: fc.constant(packed),
+      eventIdx: fc.boolean(),
+      inOrder: fc.boolean(),
+      tableEntries: fc.constantFrom(0, 1, 2, 3, 8),
+    })
+    .map((choice) => ({ ...choice, tableEntries: Math.min(choice.tableEntries, choice.queueSize) }));
 }
 
 for (const packed of [false, true]) {
-  const format = packed ? "PACKED-DRV-02 PACKED-DRV-03 PACKED-DRV-08 PACKED-DRV-09 PACKED-DRV-17 packed" : "SPLIT-DRV-11 SPLIT-DRV-22 split";
+  const format = packed
+    ? "PACKED-DRV-02 PACKED-DRV-03 PACKED-DRV-08 PACKED-DRV-09 PACKED-DRV-17 packed"
+    : "SPLIT-DRV-11 SPLIT-DRV-22 split";
   test(`${format}: nothing is lost, invented or changed in random histories`, () => {
     let steps = 0;
     fc.assert(
