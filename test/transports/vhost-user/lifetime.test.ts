@@ -305,6 +305,34 @@ describe("close", () => {
   });
 });
 
+describe("afterClose", () => {
+  test("runs once, when everything is released; close waits for it and hands on what it throws", async (t) => {
+    const peer = new ScriptedPeer();
+    t.after(() => peer.close());
+    const events: string[] = [];
+    const device = await VhostUser.connect(peer.path, {
+      async afterClose() {
+        events.push("begins");
+        await peer.until(() => !peer.connected);
+        events.push("ends");
+        throw new RangeError("its own");
+      },
+    });
+    const region = await device.mapMemory(1);
+    await assert.rejects(device.close(), RangeError);
+    assert.equal(region.buffer.byteLength, 0);
+    await assert.rejects(device.close(), RangeError, "the same promise");
+    assert.deepEqual(events, ["begins", "ends"]);
+  });
+
+  test("does not run when there was no connection", async (t) => {
+    const peer = new ScriptedPeer({ misbehave: () => ({ close: true }) });
+    t.after(() => peer.close());
+    const afterClose = () => assert.fail("never connected");
+    await assert.rejects(VhostUser.connect(peer.path, { afterClose }), virtioError("ERR_VIRTIO_DISCONNECTED"));
+  });
+});
+
 describe("nothing is left", () => {
   test("of 200 connections, whole and broken off, no descriptor and no mapping", async (t) => {
     const step = ["GET_FEATURES", "SET_BACKEND_REQ_FD", "ADD_MEM_REG", "SET_VRING_CALL", "GET_VRING_BASE", "none"];
