@@ -13,7 +13,7 @@ import { compile } from "./build-native.mjs";
 
 const root = dirname(dirname(fileURLToPath(import.meta.url)));
 const folder = mkdtempSync(join(tmpdir(), "virtio-asan-"));
-const TIMEOUT_MS = 60_000;
+const TIMEOUT_MS = 180_000;
 
 /** The sanitizer's runtime, which has to be there before Node.js starts. */
 function findRuntime() {

@@ -2,4 +2,4 @@
 
 export { type IovaRange, IovaSpace } from "./iova.js";
 export { BufferPool, DeviceBuffer } from "./pool.js";
-export { MemoryRegion, type MemoryRegionOptions, REGION_ALIGN } from "./region.js";
+export { MemoryRegion, REGION_ALIGN } from "./region.js";

@@ -43,7 +43,8 @@ export class IovaSpace {
   constructor(options: { ranges?: readonly IovaRange[] } = {}) {
     checkOptions("options", options, ["ranges"]);
     const { ranges = DEFAULT_RANGES } = options;
-    if (!Array.isArray(ranges)) throw typeError("ranges", "an array of { start, end }", ranges);
+    const given: unknown = ranges;
+    if (!Array.isArray(given)) throw typeError("ranges", "an array of { start, end }", ranges);
     for (const [index, range] of ranges.entries()) {
       const start = checkInteger(`ranges[${index}].start`, range.start, 0);
       const end = checkInteger(`ranges[${index}].end`, range.end, start);

@@ -22,6 +22,21 @@ const NO_BYTES = new Uint8Array(0);
  * `bytes` has length 0 from then on. A view that was kept from before still points at the memory, which may be lent
  * to somebody else by then: do not keep one. While a request is in flight its driver retains the buffer, so that
  * memory which the device may still write is never lent again, even if it is released.
+ *
+ * @example
+ * ```ts
+ * import { BufferPool, MemoryRegion } from "virtio-driver";
+ * const region = MemoryRegion.create({ name: "example", size: 2 ** 21, iova: 2 ** 32 });
+ * const pool = new BufferPool(() => Promise.reject(new Error("one region is enough")));
+ * pool.addRegion(region);
+ * const buffer = await pool.allocate(512);
+ * console.log(buffer.iovaHi, buffer.iovaLo, buffer.bytes.length); // 1 0 512
+ * buffer.retain(); // a request is in flight
+ * buffer.release();
+ * console.log(buffer.bytes.length, pool.lent); // 0 4096
+ * buffer.unretain(); // the request has ended
+ * console.log(pool.lent); // 0
+ * ```
  */
 export class DeviceBuffer {
   readonly #pool: BufferPool;
@@ -98,6 +113,17 @@ let takeBack: (pool: BufferPool, buffer: DeviceBuffer) => void;
  * Lends {@link DeviceBuffer}s in granules of 4096 bytes, lowest address first, neighbours joined when they return.
  * When none fits it asks `grow` for one more region, at least as large as all before together, so that the regions
  * stay few. The regions are not the pool's: who made them closes them.
+ *
+ * @example
+ * ```ts
+ * import { BufferPool, IovaSpace, MemoryRegion } from "virtio-driver";
+ * const space = new IovaSpace();
+ * const pool = new BufferPool(async (size) => {
+ *   return MemoryRegion.create({ name: "example", size, iova: space.allocate(size, 2 ** 21) });
+ * });
+ * const buffers = await Promise.all([pool.allocate(512), pool.allocate(8192)]);
+ * console.log(pool.lent, buffers[0]?.region === buffers[1]?.region); // 12288 true
+ * ```
  */
 export class BufferPool {
   readonly #grow: (size: number) => Promise<MemoryRegion>;

@@ -23,6 +23,16 @@ export interface MemoryRegionOptions {
 /**
  * A sealed memory file, mapped here at a multiple of 2 MiB and known to the device by an IOVA. The seals keep the peer
  * from resizing it, so no access here can fail. Unused parts cost no memory.
+ *
+ * @example
+ * ```ts
+ * import { MemoryRegion } from "virtio-driver";
+ * const region = MemoryRegion.create({ name: "example", size: 3_000_000, iova: 2 ** 21 });
+ * console.log(region.size); // 4194304
+ * new Uint8Array(region.buffer)[0] = 1;
+ * region.close();
+ * console.log(region.buffer.byteLength); // 0
+ * ```
  */
 export class MemoryRegion {
   #fd: number;

@@ -58,5 +58,6 @@ export async function turnUntil(condition: () => boolean, rounds = 2000): Promis
 /** Collect garbage now. */
 export function collectGarbage(): void {
   setFlagsFromString("--expose-gc");
-  runInNewContext("gc")();
+  const gc = runInNewContext("gc") as () => void;
+  gc();
 }
