@@ -32,6 +32,12 @@ export async function virtio(words: readonly string[], input: string | Uint8Arra
   return finished(child);
 }
 
+/** Run `virtio` on a terminal of its own, which `script` (Debian: bsdutils) provides; stdout and stderr are one there. */
+export function onTerminal(words: readonly string[], env: NodeJS.ProcessEnv = {}): Promise<Finished> {
+  const line = [process.execPath, MAIN, ...words].map((word) => `'${word}'`).join(" ");
+  return finished(spawn("script", ["-qec", line, "/dev/null"], { stdio: "pipe", ...options(env) }));
+}
+
 /** Collect the output of `child` until it ends. */
 export async function finished(child: ChildProcessByStdio<Writable | null, Readable, Readable>): Promise<Finished> {
   const out: Buffer[] = [];

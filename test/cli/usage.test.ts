@@ -6,7 +6,8 @@ import { createServer, type Server, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, describe, test } from "node:test";
-import { finished, start, virtio } from "./command.js";
+import { requirePeer } from "../support/peers.js";
+import { finished, onTerminal, start, virtio } from "./command.js";
 
 const COMMANDS = ["demo", "info", "read", "write", "bench", "serve", "layout"];
 
@@ -166,11 +167,26 @@ describe("virtio", { concurrency: 2 }, () => {
     assert.deepEqual([code, stderr], [0, ""]);
   });
 
-  test("colours appear only where they are wanted", async () => {
-    assert.ok(!(await virtio(["layout", "-n", "8"])).stdout.includes("\x1b"));
-    const child = start(["layout", "-n", "8"], { FORCE_COLOR: "1", NO_COLOR: undefined });
+  test("pipes get no colours", async () => {
+    const child = start(["layout", "-n", "8"], { NO_COLOR: undefined });
     child.stdin.end();
-    assert.ok(!(await finished(child)).stdout.includes("\x1b"), "stdout is no terminal");
+    assert.ok(!(await finished(child)).stdout.includes("\x1b"));
+  });
+
+  const skip = requirePeer("script");
+  test("terminals get colours, unless NO_COLOR is set", { skip }, async () => {
+    const layout = ["layout", "-n", "8"];
+    assert.ok((await onTerminal(layout, { NO_COLOR: undefined, TERM: "xterm" })).stdout.includes("\x1b["));
+    assert.ok(!(await onTerminal(layout, { NO_COLOR: "1", TERM: "xterm" })).stdout.includes("\x1b["));
+  });
+
+  test("the bytes of a disk neither come from nor go to a terminal", { skip }, async () => {
+    const read = await onTerminal(["read", "ram:1M"]);
+    assert.equal(read.code, 2);
+    assert.match(read.stdout.toString(), /^virtio: ERR_VIRTIO_ARGUMENT: the bytes of a disk would upset a terminal/);
+    const written = await onTerminal(["write", "ram:1M"]);
+    assert.equal(written.code, 2);
+    assert.match(written.stdout.toString(), /^virtio: ERR_VIRTIO_ARGUMENT: stdin is a terminal; add < FILE/);
   });
 
   test("layout loads neither the addon nor any part that opens devices", async () => {
