@@ -78,7 +78,6 @@ export class DeviceMemory {
     this.size.fill(0, kept);
     this.bytes.length = kept;
     this.words.length = kept;
-    this.last = 0;
   }
 
   /**

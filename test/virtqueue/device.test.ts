@@ -347,6 +347,7 @@ describe("device's half of a packed ring", () => {
     [1, 0, 1, 1, 1, 8, false],
     [2, 0x8000, 1, 1, 1, 8, true],
     [3, 0x8003, 1, 1, 1, 8, true],
+    [0xfffd, 0x8003, 1, 1, 1, 8, false], // reserved bits mean nothing
     [2, 0x8000, 0, 0, 8, 8, true],
     [2, 0x8003, 2, 1, 2, 8, false],
     [2, 0x8003, 5, 1, 3, 8, true],
@@ -412,6 +413,30 @@ describe("device's half of a packed ring", () => {
     }
     for (const base of [0x8003_8003, 0x8002_8001, 0x0001_8002, 0x0000_8001]) {
       assert.throws(() => deviceOn(placeRing(3), RING_PACKED, base), { name: "RangeError" }, base.toString(16));
+    }
+  });
+});
+
+describe("a chain", () => {
+  it("has 2^32 bytes at most", () => {
+    for (const features of [0n, RING_PACKED]) {
+      const place = placeRing(16);
+      const memory = new DeviceMemory();
+      memory.add(DATA, new ArrayBuffer(2 ** 29)); // never touched
+      const device = new DeviceVirtqueue({ queueSize: 16, features, memory, ...areasOf(place) });
+      const driver = features === 0n ? new SplitDriver(place) : new PackedDriver(place);
+      const most = Array.from({ length: 8 }, (_, i) => ({ address: DATA, length: 2 ** 29, writable: i > 3 }));
+      driver.add(most);
+      driver.publish();
+      const chain = new DescriptorChain(16);
+      assert.equal(device.pop(chain), true);
+      assert.equal(chain.readableBytes + chain.writableBytes, 2 ** 32);
+      device.push(chain.id, chain.ringCount, 0xffff_ffff);
+      device.publish();
+      driver.collect();
+      driver.add([...most, { address: DATA, length: 1, writable: true }]);
+      driver.publish();
+      assert.throws(() => device.pop(chain), { code: "ERR_VIRTIO_QUEUE_BROKEN", message: /more than 2\^32 bytes/ });
     }
   });
 });
