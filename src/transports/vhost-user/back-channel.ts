@@ -42,17 +42,22 @@ export class BackChannel {
     this.#acknowledges = acknowledges;
     const [ours, theirs] = socketPair();
     this.#theirs = theirs;
-    this.#socket = new MessageSocket(ours, peer, {
-      begin: () => undefined,
-      descriptors: () => undefined,
-      header: checkRequest,
-      message: (header) => this.#serve(header),
-      doing: () => "its own requests were served",
-      broken: (error) => {
-        // A back-end may well close this channel alone, or before the main one, which then tells.
-        if (error.code !== "ERR_VIRTIO_DISCONNECTED") this.onBroken?.(error);
-      },
-    });
+    try {
+      this.#socket = new MessageSocket(ours, peer, {
+        begin: () => undefined,
+        descriptors: () => undefined,
+        header: checkRequest,
+        message: (header) => this.#serve(header),
+        doing: () => "its own requests were served",
+        broken: (error) => {
+          // A back-end may well close this channel alone, or before the main one, which then tells.
+          if (error.code !== "ERR_VIRTIO_DISCONNECTED") this.onBroken?.(error);
+        },
+      });
+    } catch (error) {
+      this.#closeTheirs();
+      throw error;
+    }
   }
 
   /** Hand the other end to the back-end. */

@@ -1,6 +1,6 @@
 /** Starting and stopping the queues ("Ring states"): order of messages, eventfds, the first kick. */
 
-import { checkInteger, rangeError, VirtioError } from "../../errors.js";
+import { checkInteger, rangeError, typeError, VirtioError } from "../../errors.js";
 import {
   VhostUserRequest,
   VRING_BASE_PACKED,
@@ -169,6 +169,8 @@ export function checkQueues(
   limits: { maxQueues: number; packed: boolean; memory: VhostUserMemory },
 ): void {
   const { maxQueues, packed, memory } = limits;
+  const given: unknown = setups;
+  if (!Array.isArray(given)) throw typeError("queues", "an array of queue setups", setups);
   if (setups.length === 0) throw rangeError("queues", "at least one queue", 0);
   const seen = new Set<number>();
   for (const { index, size, descriptorArea, driverArea, deviceArea } of setups) {

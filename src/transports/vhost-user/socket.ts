@@ -43,12 +43,20 @@ export class MessageSocket {
   #have = 0;
   #open = true;
 
-  /** @param peer names the other end in messages. */
+  /**
+   * @param peer names the other end in messages.
+   * @throws VirtioError ERR_VIRTIO_SYSCALL when it cannot be watched; it is closed then.
+   */
   constructor(fd: number, peer: string, handlers: MessageHandlers) {
     this.#fd = fd;
     this.#peer = peer;
     this.#handlers = handlers;
-    this.#readable = new FdWatcher(fd, { drain: false }, () => this.#onReady());
+    try {
+      this.#readable = new FdWatcher(fd, { drain: false }, () => this.#onReady());
+    } catch (error) {
+      closeFd(fd);
+      throw error;
+    }
     this.#readable.unref();
   }
 
@@ -122,9 +130,7 @@ export class MessageSocket {
       const count = receiveMessage(this.#fd, this.#in.subarray(this.#have), fds);
       if (count < 0) return;
       if (fds.length > 0) this.#refuse(fds);
-      if (count === 0) {
-        throw new VirtioError("ERR_VIRTIO_DISCONNECTED", "end of stream");
-      }
+      if (count === 0) throw new VirtioError("ERR_VIRTIO_DISCONNECTED", "the other side has closed it");
       this.#have += count;
       this.#take();
     }
@@ -163,8 +169,8 @@ export class MessageSocket {
     const where = this.#have > 0 ? " in the middle of a message" : "";
     return new VirtioError(
       "ERR_VIRTIO_DISCONNECTED",
-      `${this.#peer} closed the connection${where} while ${doing} (${error.message}); ` +
-        "see its log for the reason, then connect again",
+      `the connection to ${this.#peer} broke${where} while ${doing} (${error.message}); ` +
+        "see the back-end's log for the reason, then connect again",
       {
         cause: error,
         ...(error.errno === undefined ? {} : { errno: error.errno }),

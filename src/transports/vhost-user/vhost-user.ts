@@ -47,17 +47,10 @@ const U64_MAX = 0xffff_ffff_ffff_ffffn;
  * ```ts
  * import { VhostUser, VirtioFeature } from "virtio-driver";
  *
- * async function sizeInSectors(path: string): Promise<bigint> {
- *   const device = await VhostUser.connect(path, { timeout: 2000 });
- *   try {
- *     await device.negotiate(VirtioFeature.VERSION_1);
- *     const config = await device.readConfig(0, 8);
- *     return new DataView(config.buffer).getBigUint64(0, true);
- *   } finally {
- *     await device.close();
- *   }
- * }
- * console.log(typeof sizeInSectors); // "function"
+ * await using device = await VhostUser.connect("/run/disk.sock", { timeout: 2000 });
+ * await device.negotiate(VirtioFeature.VERSION_1);
+ * const config = await device.readConfig(0, 8);
+ * console.log(new DataView(config.buffer).getBigUint64(0, true)); // 131072n: sectors
  * ```
  */
 export class VhostUser implements VirtioTransport {

@@ -359,11 +359,50 @@ describe("nothing is left", () => {
 });
 
 describe("process", () => {
+  test("that runs out of descriptors at any point gets an error, and loses none", async (t) => {
+    const peer = new ScriptedPeer();
+    t.after(() => peer.close());
+    const program = `import { closeSync, openSync, readdirSync } from "node:fs";
+      import { live } from ${JSON.stringify(new URL("../support.js", import.meta.url).href)};
+      const open = () => readdirSync("/proc/self/fd").length;
+      const life = async () => {
+        const device = await VhostUser.connect(${path});
+        await live(device).finally(() => device.close());
+      };
+      await life();
+      const before = open();
+      for (let free = 0; free < 24; free++) {
+        const hoard = [];
+        try {
+          for (;;) hoard.push(openSync("/dev/null"));
+        } catch {
+          for (const fd of hoard.splice(0, free)) closeSync(fd);
+        }
+        const outcome = await life().then(() => "whole", (error) => error.cause?.errno ?? error.errno);
+        for (const fd of hoard) closeSync(fd);
+        console.log(outcome, open() - before);
+      }`;
+    const { code, output } = await run(peer, program, ["-n", "100"]);
+    assert.equal(code, 0, output);
+    const lines = output.trimEnd().split("\n");
+    const whole = lines.findIndex((each) => each === "whole 0");
+    assert.ok(whole > 10, output);
+    assert.deepEqual(
+      lines,
+      lines.map((_, i) => (i < whole ? "24 0" : "whole 0")), // EMFILE
+    );
+  });
+
   /** Run a program that gets the address of `peer` as its argument, and return its output and exit code. */
-  async function run(peer: ScriptedPeer, program: string): Promise<{ code: number; output: string }> {
+  async function run(
+    peer: ScriptedPeer,
+    program: string,
+    limits = ["-n", "1000"],
+  ): Promise<{ code: number; output: string }> {
     const transports = new URL("../../../src/transports/index.js", import.meta.url).href;
     const text = `import { VhostUser } from ${JSON.stringify(transports)};\n${program}`;
-    const child = spawn(process.execPath, ["--input-type=module", "-e", text, peer.path], {
+    const node = [process.execPath, "--input-type=module", "-e", text, peer.path];
+    const child = spawn("sh", ["-c", `ulimit ${limits.join(" ")} && exec "$@"`, "sh", ...node], {
       stdio: ["ignore", "pipe", "pipe"],
       timeout: 30_000,
     });

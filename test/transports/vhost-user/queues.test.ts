@@ -120,6 +120,7 @@ describe("queues", () => {
       [{ ...good, driverArea: beyond - 20 }],
       [{ ...good, deviceArea: beyond - 68 }],
     ];
+    await assert.rejects(device.startQueues(undefined as unknown as []), TypeError);
     for (const setups of wrong) await assert.rejects(device.startQueues(setups), RangeError);
     assert.ok(!peer.names.some((name) => name.startsWith("SET_VRING")));
     const last = {
