@@ -140,7 +140,7 @@ describe("messages", () => {
 });
 
 describe("features", () => {
-  test("BASIC-DRV-05 BASIC-DRV-07 BASIC-DRV-08 BASIC-DRV-10 accepted: wanted, offered, and carried here", async () => {
+  test("BASIC-DRV-05 BASIC-DRV-07 BASIC-DRV-08 BASIC-DRV-10 BASIC-DRV-31 BASIC-DRV-37 BASIC-DRV-38 BASIC-DRV-40 accepted: wanted, offered, and carried here", async () => {
     const carried = 0xfffc_000d_30ff_ffffn; // 0-23, 28, 29, 32, 34, 35, 50-63
     const u64s = fc.bigInt({ min: 0n, max: 0xffff_ffff_ffff_ffffn });
     await fc.assert(

@@ -56,6 +56,7 @@ describe("a full socket", () => {
     const [ours, theirs] = socketPair();
     const events = [EventFd.create(), EventFd.create()];
     const socket = new MessageSocket(ours, "the test", { ...SILENT, broken: (error) => assert.fail(error) });
+    const idle = held();
     const messages = events.map((_, i) => Buffer.alloc(700_000, i + 1));
     for (const [i, bytes] of messages.entries()) socket.send(bytes, [events[i]?.fd ?? -1]);
     assert.equal(socket.unsent, 2);
@@ -73,6 +74,8 @@ describe("a full socket", () => {
       assert.equal(passed.drain(), true);
       passed.close();
     }
+    // A socket that is watched for room without need would wake the event loop for ever.
+    assert.deepEqual(held(), idle);
     socket.close();
     closeFd(theirs);
     for (const event of events) event.close();
