@@ -1,6 +1,6 @@
 /** The driver's half of a virtqueue, split or packed, behind one class. */
 
-import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../errors.js";
+import { checkInteger, checkOptions, rangeError, typeError, type VirtioError } from "../errors.js";
 import { DESC_ALIGN, DESC_SIZE } from "./defs.js";
 import { VirtioFeature } from "./features.js";
 import type { VirtqueueLayout } from "./layout.js";
@@ -66,7 +66,7 @@ export class Virtqueue {
   private readonly isPacked: boolean;
   private readonly split!: SplitRing;
   private readonly packed!: PackedRing;
-  private broken: unknown;
+  private broken: Error | undefined;
 
   constructor(options: VirtqueueOptions) {
     const known = ["layout", "index", "buffer", "offset", "iova", "features", "indirect", "frame"];
@@ -200,7 +200,7 @@ export class Virtqueue {
     try {
       return this.isPacked ? this.packed.poll() : this.split.poll();
     } catch (error) {
-      this.broken = error;
+      this.broken = error as Error;
       throw error;
     }
   }

@@ -414,7 +414,8 @@ export class BlockDevice {
     options: Pick<TransferOptions, "position">,
   ): TransferOperation {
     checkOptions("options", options, ["position", "signal"]);
-    if (!Array.isArray(buffers) || buffers.length === 0) throw typeError("buffers", "an array of buffers", buffers);
+    const given: unknown = buffers; // isArray would make any[] of it
+    if (!Array.isArray(given) || given.length === 0) throw typeError("buffers", "an array of buffers", buffers);
     const { position = 0 } = options;
     const total = buffers.reduce((sum, buffer) => sum + buffer.length, 0);
     for (const buffer of buffers) checkMemory(buffer);
