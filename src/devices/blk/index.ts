@@ -2,7 +2,7 @@
 
 export { BlockDevice } from "./device.js";
 export type { BlockInfo, CacheMode } from "./info.js";
-export { type BlkLimits, blkLimits } from "./limits.js";
+export type { BlkLimits } from "./limits.js";
 export type { Memory } from "./operation.js";
 export type { BlockRange, OpenBlockOptions, TransferOptions } from "./options.js";
 export { type CompletionMode, type DataSegment, VirtioBlkQueue, type VirtioBlkQueueOptions } from "./queue.js";
