@@ -6,8 +6,8 @@ import { errno, systemError } from "./errno.js";
 import { type NativeWatch, native } from "./native.js";
 
 /**
- * A level-triggered watch: the callback runs in each round of the event loop in which the descriptor can be read,
- * is at its end, or has an error. What the callback throws becomes an `uncaughtException`. The watch keeps the
+ * A level-triggered watch: the callback runs in each round of the event loop in which the descriptor can be read
+ * (or, with `writable`, written), is at its end, or has an error. What the callback throws becomes an `uncaughtException`. The watch keeps the
  * process alive until `unref` or `close`, and ends with its worker thread.
  *
  * It watches a duplicate, so closing the descriptor itself neither ends nor endangers the watch; but an open file

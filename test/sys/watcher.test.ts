@@ -25,8 +25,13 @@ function startWorker(t: TestContext, code: string): Worker {
 }
 
 /** A watcher that is closed after its test, so that one that fails ends. */
-function watch(t: TestContext, fd: number, options: { drain: boolean }, onReadable: () => void): FdWatcher {
-  const watcher = new FdWatcher(fd, options, onReadable);
+function watch(
+  t: TestContext,
+  fd: number,
+  options: { drain: boolean; writable?: boolean },
+  onReady: () => void,
+): FdWatcher {
+  const watcher = new FdWatcher(fd, options, onReady);
   t.after(() => watcher.close());
   return watcher;
 }
@@ -137,6 +142,24 @@ test("one descriptor can be watched twice", async (t) => {
   event.close();
 });
 
+test("a watcher for writing calls when there is room, and not while there is none", async (t) => {
+  const [near, far] = socketPair();
+  const block = new Uint8Array(65536);
+  let room = 0;
+  const watcher = watch(t, near, { drain: false, writable: true }, () => {
+    room++;
+    while (sendMessage(near, block, []) !== -1);
+  });
+  assert.ok(await turnUntil(() => room === 1));
+  for (let i = 0; i < 5; i++) await turn();
+  assert.equal(room, 1);
+  while (receiveMessage(far, block, []) !== -1);
+  assert.ok(await turnUntil(() => room === 2));
+  watcher.close();
+  closeFd(near);
+  closeFd(far);
+});
+
 test("the end of a connection is told", async (t) => {
   const [near, far] = socketPair();
   let ended = false;
@@ -186,6 +209,7 @@ test("what cannot be watched is refused, and leaves no descriptor behind", () =>
   assert.throws(() => new FdWatcher(-1, { drain: false }, callback), refused);
   assert.throws(() => new FdWatcher(0, {} as { drain: boolean }, callback), refused);
   assert.throws(() => new FdWatcher(0, { drain: true, once: true } as { drain: boolean }, callback), refused);
+  assert.throws(() => new FdWatcher(0, { drain: true, writable: 1 as unknown as boolean }, callback), refused);
   assert.throws(() => new FdWatcher(0, { drain: true }, "callback" as unknown as () => void), refused);
   assert.equal(openFds(), before);
 });
