@@ -36,14 +36,14 @@ export function tableStride(size: number): number {
   return 16 * size + 16;
 }
 
-/** Lay a ring of `size` descriptors out, with gaps of guard bytes between the areas. */
-export function placeRing(size: number, address = 0x7_0000_0000n, base = 64): DriverPlace {
+/** Lay a ring of `size` descriptors out, with gaps of guard bytes between the areas, from `base` on. */
+export function placeRing(size: number, address = 0x7_0000_0000n, base = 64, shared?: ArrayBuffer): DriverPlace {
   const up = (value: number): number => Math.ceil(value / 64) * 64;
   const driver = up(base + 16 * size + 1);
   const device = up(driver + 6 + 2 * size + 1);
   const tables = up(device + 6 + 8 * size + 1);
   // Large rings have no room for tables.
-  const buffer = new ArrayBuffer(up(tables + (size > 64 ? 0 : tableStride(size) * size)) + 4096);
+  const buffer = shared ?? new ArrayBuffer(up(tables + (size > 64 ? 0 : tableStride(size) * size)) + 4096);
   return { buffer, size, address, descriptors: base, driver, device, tables };
 }
 
@@ -105,6 +105,11 @@ export class SplitDriver {
 
   publish(): void {
     this.view.setUint16(this.place.driver + 2, this.availIdx, true);
+  }
+
+  /** With EVENT_IDX: ask for a notification at the next used entry. */
+  arm(): void {
+    this.view.setUint16(this.place.driver + 4 + 2 * this.place.size, this.lastUsed, true);
   }
 
   collect(): Used[] {

@@ -4,9 +4,11 @@ import { parentPort, workerData } from "node:worker_threads";
 import { mapShared } from "../../src/sys/index.js";
 import { DescriptorChain, DeviceMemory, DeviceVirtqueue, VirtqueueLayout } from "../../src/virtqueue/index.js";
 import {
+  Aim,
   BELL_DEVICE,
   BELL_DRIVER,
   BELLS_STOP,
+  DEVICE_SLEEPS,
   type StressSetup,
   STRESS_BASE,
   STRESS_BYTES,
@@ -44,6 +46,7 @@ function serve(): void {
 }
 
 function run(): void {
+  const aim = new Aim();
   let random = 12345;
   parentPort?.postMessage("ready");
   for (;;) {
@@ -73,8 +76,11 @@ function run(): void {
       continue;
     }
     if (Atomics.load(bells, BELLS_STOP) !== 0) return;
-    if (device.enableNotifications()) continue;
-    waitFor(bells, BELL_DEVICE, bell, "the device waits for a notification that never comes");
+    if (Atomics.load(bells, DEVICE_SLEEPS) === 0) continue;
+    aim.wait(bells);
+    const isLate = device.enableNotifications();
+    aim.adjust(isLate);
+    if (!isLate) waitFor(bells, BELL_DEVICE, bell, "the device waits for a notification that never comes");
     device.disableNotifications();
   }
 }

@@ -7,9 +7,12 @@ import { Worker } from "node:worker_threads";
 import { closeFd, createMemfd, mapShared, unmapShared } from "../../src/sys/index.js";
 import { VirtioFeature, Virtqueue, VirtqueueLayout } from "../../src/virtqueue/index.js";
 import {
+  Aim,
   BELL_DEVICE,
   BELL_DRIVER,
+  BELLS_BYTES,
   BELLS_STOP,
+  DEVICE_SLEEPS,
   STRESS_BASE,
   STRESS_BYTES,
   STRESS_DATA_OFFSET,
@@ -19,9 +22,14 @@ import {
   waitFor,
 } from "./driver-stress-shared.js";
 
-const ROUNDS = 200_000;
+const ROUNDS = 100_000;
 /** Sleeps of the driver below which the test would say little. */
 const MIN_SLEEPS = 100;
+
+/** Requests after which the other side is the one that sleeps. */
+const PHASE = 4096;
+/** Looks into the ring after which a driver that need not sleep does so: the device has lost a wake-up. */
+const PATIENCE = 20_000;
 
 interface Variant {
   readonly packed: boolean;
@@ -77,10 +85,11 @@ async function stress(fd: number, buffer: ArrayBuffer, variant: Variant): Promis
     ...{ layout, buffer, iova: STRESS_BASE, features },
     ...(tables > 0 && { indirect: { offset, iova: STRESS_BASE + offset, entries: tables } }),
   });
-  const bells = new Int32Array(new SharedArrayBuffer(12));
-  const setup: StressSetup = { fd, features, queueSize, inOrder, doorbells: bells.buffer as SharedArrayBuffer };
+  const doorbells = new SharedArrayBuffer(BELLS_BYTES);
+  const bells = new Int32Array(doorbells);
+  const setup: StressSetup = { fd, features, queueSize, inOrder, doorbells };
   const worker = new Worker(new URL("./driver-stress-worker.js", import.meta.url), { workerData: setup });
-  const exited = once(worker, "exit");
+  const exited = new Promise((resolve) => worker.once("exit", resolve));
   assert.deepEqual(await once(worker, "message"), ["ready"]);
   const messages: unknown[] = [];
   worker.on("message", (message) => messages.push(message));
@@ -103,16 +112,23 @@ async function stress(fd: number, buffer: ArrayBuffer, variant: Variant): Promis
 function drive(queue: Virtqueue, layout: VirtqueueLayout, buffer: ArrayBuffer, bells: Int32Array): number {
   const words = new Uint32Array(buffer);
   const bytes = new Uint8Array(buffer);
-  const inSlot = new Float64Array(layout.queueSize).fill(-1);
+  const { queueSize } = layout;
+  const inSlot = new Float64Array(queueSize).fill(-1);
   const dataIova = STRESS_BASE + layout.reqOffset + STRESS_DATA_OFFSET;
   const hi = Math.floor(STRESS_BASE / 2 ** 32);
   let sent = 0;
   let done = 0;
   let sleeps = 0;
+  let idle = 0;
   let random = 99;
+  const aim = new Aim();
   while (done < ROUNDS) {
     random = (random * 1103515245 + 12345) & 0x7fffffff;
-    const burst = random % 9;
+    // Mostly one at a time, and one side that goes to sleep just when the other one goes on: that is where a
+    // missing barrier loses a wake-up. Now and then as many as fit.
+    const burst = random % 64 === 0 ? queueSize : 1;
+    const deviceSleeps = Math.floor(sent / PHASE) % 2 === 0;
+    Atomics.store(bells, DEVICE_SLEEPS, deviceSleeps ? 1 : 0);
     for (let i = 0; i < burst && sent < ROUNDS; i++) {
       const slot = submit(queue, layout, dataIova, hi);
       if (slot < 0) break;
@@ -142,11 +158,16 @@ function drive(queue: Virtqueue, layout: VirtqueueLayout, buffer: ArrayBuffer, b
       done++;
       reaped++;
     }
-    if (reaped > 0 || queue.inFlight === 0 || random % 3 === 0) continue;
-    if (queue.enableNotifications()) continue;
+    if (reaped > 0) idle = 0;
+    if (reaped > 0 || queue.inFlight === 0 || (deviceSleeps && idle++ < PATIENCE)) continue;
+    aim.wait(bells);
+    const isLate = queue.enableNotifications();
+    aim.adjust(isLate);
+    if (isLate) continue;
     if (Atomics.load(bells, BELLS_STOP) !== 0) throw new Error("the device's thread gave up");
     waitFor(bells, BELL_DRIVER, bell, "the driver waits for a notification that never comes");
     sleeps++;
+    idle = 0;
     queue.disableNotifications();
   }
   return sleeps;
