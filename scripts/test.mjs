@@ -4,7 +4,7 @@
  * test is a failure.
  */
 import { spawnSync } from "node:child_process";
-import { readdirSync, statSync } from "node:fs";
+import { existsSync, readdirSync, statSync } from "node:fs";
 import { availableParallelism } from "node:os";
 import { join } from "node:path";
 import { finished } from "node:stream/promises";
@@ -17,7 +17,7 @@ const FILE_TIMEOUT_MS = 240_000;
 process.chdir(join(import.meta.dirname, ".."));
 
 const words = process.argv.slice(2);
-const sources = ["src", "test", "bench", "examples"].flatMap(typescriptFiles);
+const sources = ["src", "test", "bench", "examples"].filter(existsSync).flatMap(typescriptFiles);
 if (sources.some((source) => modified(compiled(source)) < modified(source)) || nativeIsStale()) {
   const build = spawnSync("npm", ["run", "--silent", "build"], { stdio: "inherit" });
   if (build.status !== 0) process.exit(build.status ?? 1);
@@ -71,6 +71,6 @@ function modified(path) {
 /** Whether the addon is older than its source. Where no compiler is installed there is no addon to wait for. */
 function nativeIsStale() {
   const newest = Math.max(...readdirSync("native").map((name) => modified(join("native", name))));
-  const addons = readdirSync(".").includes("prebuilds") ? readdirSync("prebuilds", { recursive: true }) : [];
+  const addons = existsSync("prebuilds") ? readdirSync("prebuilds", { recursive: true }) : [];
   return !addons.some((name) => name.endsWith(".node") && modified(join("prebuilds", name)) >= newest);
 }
