@@ -56,11 +56,22 @@ extern void uv_unref(void *handle);
 
 /* ---- arguments and results ---- */
 
+/* What a function of this file is: given its arguments (undefined where the caller left them out), it answers. */
+typedef napi_value (*function)(napi_env env, const napi_value *args);
+
+struct named_function {
+  const char *name;
+  function call;
+};
+
 enum { MAX_ARGS = 6 };
 
-static void get_args(napi_env env, napi_callback_info info, napi_value *args) {
+static napi_value dispatch(napi_env env, napi_callback_info info) {
+  napi_value args[MAX_ARGS];
   size_t count = MAX_ARGS;
-  napi_get_cb_info(env, info, &count, args, NULL, NULL);
+  void *named;
+  napi_get_cb_info(env, info, &count, args, NULL, &named);
+  return ((const struct named_function *)named)->call(env, args);
 }
 
 /* A descriptor or small number; what is not a number becomes -1, which no system call takes for a descriptor. */
@@ -105,9 +116,7 @@ static napi_value from_result(napi_env env, int64_t result) {
 /* ---- memory ---- */
 
 /* memfdCreate(name, flags): descriptor */
-static napi_value memfd_create_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value memfd_create_(napi_env env, const napi_value *args) {
   char name[250]; /* the kernel takes 249 bytes */
   int problem = to_string(env, args[0], name, sizeof name);
   if (problem != 0) return from_long(env, problem);
@@ -115,23 +124,17 @@ static napi_value memfd_create_(napi_env env, napi_callback_info info) {
 }
 
 /* ftruncate(fd, size): 0 */
-static napi_value ftruncate_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value ftruncate_(napi_env env, const napi_value *args) {
   return from_result(env, ftruncate(to_int(env, args[0]), to_long(env, args[1])));
 }
 
 /* fcntl(fd, command, number): what the command returns */
-static napi_value fcntl_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value fcntl_(napi_env env, const napi_value *args) {
   return from_result(env, fcntl(to_int(env, args[0]), to_int(env, args[1]), to_int(env, args[2])));
 }
 
 /* fallocate(fd, mode, offset, length): 0 */
-static napi_value fallocate_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value fallocate_(napi_env env, const napi_value *args) {
   int fd = to_int(env, args[0]), mode = to_int(env, args[1]), result;
   int64_t offset = to_long(env, args[2]), length = to_long(env, args[3]);
   do result = fallocate(fd, mode, offset, length);
@@ -178,9 +181,8 @@ static void *map_aligned(size_t span, size_t align, int protection, int fd, int6
 }
 
 /* mmap(fd, length, span, offset, align, writable): ArrayBuffer of `length` bytes; `span` >= length is what is mapped */
-static napi_value mmap_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS], buffer;
-  get_args(env, info, args);
+static napi_value mmap_(napi_env env, const napi_value *args) {
+  napi_value buffer;
   int64_t length = to_long(env, args[1]), span = to_long(env, args[2]), align = to_long(env, args[4]);
   bool writable = false;
   napi_get_value_bool(env, args[5], &writable);
@@ -211,9 +213,7 @@ static napi_value mmap_(napi_env env, napi_callback_info info) {
 }
 
 /* munmap(buffer): 0; -EINVAL when it is not a mapping, or not one any more */
-static napi_value munmap_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value munmap_(napi_env env, const napi_value *args) {
   struct mapping *mapping;
   bool ours = false, detached = true;
   if (napi_check_object_type_tag(env, args[0], &mapping_tag, &ours) != napi_ok || !ours ||
@@ -237,13 +237,14 @@ static napi_value munmap_(napi_env env, napi_callback_info info) {
 /* ---- event descriptors ---- */
 
 /* eventfd(): descriptor */
-static napi_value eventfd_(napi_env env, napi_callback_info info) {
-  (void)info;
+static napi_value eventfd_(napi_env env, const napi_value *args) {
+  (void)args;
   return from_result(env, eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
 }
 
 /*
- * signal(fd): undefined, or -errno. The hot path: one conversion, one write, and no result object when it worked.
+ * signal(fd): undefined, or -errno. The hot path: called without dispatch, one conversion, one write, and no result
+ * object when it worked.
  * EAGAIN means that the counter is full, so the other side has a signal to see already.
  */
 static napi_value signal_(napi_env env, napi_callback_info info) {
@@ -282,9 +283,7 @@ static ssize_t drain(int fd) {
 }
 
 /* drain(fd): bytes read, or -errno */
-static napi_value drain_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value drain_(napi_env env, const napi_value *args) {
   return from_result(env, drain(to_int(env, args[0])));
 }
 
@@ -360,9 +359,8 @@ static void on_ready(void *poll, int status, int events) {
 }
 
 /* watch(fd, drains, writable, callback): handle, or -errno */
-static napi_value watch_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS], handle = NULL, name;
-  get_args(env, info, args);
+static napi_value watch_(napi_env env, const napi_value *args) {
+  napi_value handle = NULL, name;
   struct uv_loop_s *loop;
   if (napi_get_uv_event_loop(env, &loop) != napi_ok) return from_long(env, -ENOTSUP);
   int fd = fcntl(to_int(env, args[0]), F_DUPFD_CLOEXEC, 0);
@@ -391,43 +389,32 @@ static napi_value watch_(napi_env env, napi_callback_info info) {
       napi_create_string_utf8(env, "VirtioFdWatcher", NAPI_AUTO_LENGTH, &name) != napi_ok ||
       napi_async_init(env, NULL, name, &watcher->context) != napi_ok ||
       napi_add_async_cleanup_hook(env, on_environment_end, watcher, &watcher->hook) != napi_ok ||
+      uv_poll_start(poll, watcher->events, on_ready) != 0 ||
       napi_create_external(env, watcher, on_handle_collected, NULL, &handle) != napi_ok) {
     close_watcher(watcher);
     return from_long(env, -EINVAL);
   }
   watcher->owners = 2;
-  problem = uv_poll_start(poll, watcher->events, on_ready);
-  if (problem != 0) {
-    close_watcher(watcher);
-    return from_long(env, problem);
-  }
   return handle;
 }
 
-static struct watcher *to_watcher(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
+static struct watcher *to_watcher(napi_env env, napi_value value) {
   void *watcher = NULL;
-  get_args(env, info, args);
-  return napi_get_value_external(env, args[0], &watcher) == napi_ok ? watcher : NULL;
+  return napi_get_value_external(env, value, &watcher) == napi_ok ? watcher : NULL;
 }
 
-/* watchRef(handle): the watch keeps the process alive */
-static napi_value watch_ref_(napi_env env, napi_callback_info info) {
-  struct watcher *watcher = to_watcher(env, info);
-  if (watcher != NULL && !watcher->closing) uv_ref(watcher->poll);
-  return NULL;
-}
-
-/* watchUnref(handle): the process may end although the watch goes on */
-static napi_value watch_unref_(napi_env env, napi_callback_info info) {
-  struct watcher *watcher = to_watcher(env, info);
-  if (watcher != NULL && !watcher->closing) uv_unref(watcher->poll);
+/* watchRef(handle, keeps): whether the watch keeps the process alive */
+static napi_value watch_ref_(napi_env env, const napi_value *args) {
+  struct watcher *watcher = to_watcher(env, args[0]);
+  bool keeps = true;
+  napi_get_value_bool(env, args[1], &keeps);
+  if (watcher != NULL && !watcher->closing) (keeps ? uv_ref : uv_unref)(watcher->poll);
   return NULL;
 }
 
 /* watchClose(handle): no callback comes after this */
-static napi_value watch_close_(napi_env env, napi_callback_info info) {
-  struct watcher *watcher = to_watcher(env, info);
+static napi_value watch_close_(napi_env env, const napi_value *args) {
+  struct watcher *watcher = to_watcher(env, args[0]);
   if (watcher != NULL) close_watcher(watcher);
   return NULL;
 }
@@ -450,9 +437,7 @@ static napi_value close_after(napi_env env, int fd, int problem) {
 }
 
 /* connect(path): descriptor. A Unix socket connects at once or not at all; a full backlog is -EAGAIN. */
-static napi_value connect_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value connect_(napi_env env, const napi_value *args) {
   struct sockaddr_un address;
   int fd = unix_socket(env, args[0], &address), result;
   if (fd < 0) return from_long(env, fd);
@@ -462,9 +447,7 @@ static napi_value connect_(napi_env env, napi_callback_info info) {
 }
 
 /* listen(path, backlog): descriptor */
-static napi_value listen_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value listen_(napi_env env, const napi_value *args) {
   struct sockaddr_un address;
   int fd = unix_socket(env, args[0], &address);
   if (fd < 0) return from_long(env, fd);
@@ -475,9 +458,7 @@ static napi_value listen_(napi_env env, napi_callback_info info) {
 }
 
 /* accept(fd): descriptor; -EAGAIN when nobody waits */
-static napi_value accept_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value accept_(napi_env env, const napi_value *args) {
   int fd = to_int(env, args[0]), result;
   do result = accept4(fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
   while (result == -1 && errno == EINTR);
@@ -485,9 +466,7 @@ static napi_value accept_(napi_env env, napi_callback_info info) {
 }
 
 /* socketpair(into: Int32Array): 0 */
-static napi_value socketpair_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value socketpair_(napi_env env, const napi_value *args) {
   void *into;
   size_t count;
   if (!to_bytes(env, args[0], napi_int32_array, &into, &count) || count < 2) return from_long(env, -EINVAL);
@@ -495,9 +474,7 @@ static napi_value socketpair_(napi_env env, napi_callback_info info) {
 }
 
 /* sendmsg(fd, bytes, fds: Int32Array, count): bytes sent, maybe fewer than given */
-static napi_value sendmsg_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value sendmsg_(napi_env env, const napi_value *args) {
   void *bytes, *fds;
   size_t length, room;
   int fd = to_int(env, args[0]), count = to_int(env, args[3]);
@@ -532,9 +509,7 @@ static napi_value sendmsg_(napi_env env, napi_callback_info info) {
  * control data was cut off (more than MAX_FDS descriptors, or this process may open no more), those that did arrive
  * are closed and the result is -EPROTO, which the kernel never returns here.
  */
-static napi_value recvmsg_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value recvmsg_(napi_env env, const napi_value *args) {
   void *bytes, *data;
   size_t length, room;
   int fd = to_int(env, args[0]);
@@ -572,17 +547,13 @@ static napi_value recvmsg_(napi_env env, napi_callback_info info) {
 /* ---- the rest ---- */
 
 /* close(fd): 0. After EINTR the descriptor is closed on Linux, and its number may belong to another thread already. */
-static napi_value close_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value close_(napi_env env, const napi_value *args) {
   int result = close(to_int(env, args[0]));
   return result == -1 && errno == EINTR ? from_long(env, 0) : from_result(env, result);
 }
 
 /* ioctl(fd, request, argument: number | Uint8Array): what the request returns */
-static napi_value ioctl_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value ioctl_(napi_env env, const napi_value *args) {
   int fd = to_int(env, args[0]), result;
   unsigned long request = (unsigned long)to_long(env, args[1]);
   void *bytes;
@@ -594,39 +565,24 @@ static napi_value ioctl_(napi_env env, napi_callback_info info) {
 }
 
 /* setParentDeathSignal(signal): 0 */
-static napi_value set_parent_death_signal_(napi_env env, napi_callback_info info) {
-  napi_value args[MAX_ARGS];
-  get_args(env, info, args);
+static napi_value set_parent_death_signal_(napi_env env, const napi_value *args) {
   return from_result(env, prctl(PR_SET_PDEATHSIG, (unsigned long)to_int(env, args[0])));
 }
 
-static const struct {
-  const char *name;
-  napi_callback function;
-} functions[] = {
-    {"memfdCreate", memfd_create_},
-    {"ftruncate", ftruncate_},
-    {"fcntl", fcntl_},
-    {"fallocate", fallocate_},
-    {"mmap", mmap_},
-    {"munmap", munmap_},
-    {"eventfd", eventfd_},
-    {"signal", signal_},
-    {"drain", drain_},
-    {"watch", watch_},
-    {"watchRef", watch_ref_},
-    {"watchUnref", watch_unref_},
-    {"watchClose", watch_close_},
-    {"connect", connect_},
-    {"listen", listen_},
-    {"accept", accept_},
-    {"socketpair", socketpair_},
-    {"sendmsg", sendmsg_},
-    {"recvmsg", recvmsg_},
-    {"close", close_},
-    {"ioctl", ioctl_},
-    {"setParentDeathSignal", set_parent_death_signal_},
+static const struct named_function functions[] = {
+    {"memfdCreate", memfd_create_}, {"ftruncate", ftruncate_}, {"fcntl", fcntl_}, {"fallocate", fallocate_},
+    {"mmap", mmap_}, {"munmap", munmap_}, {"eventfd", eventfd_}, {"drain", drain_}, {"watch", watch_},
+    {"watchRef", watch_ref_}, {"watchClose", watch_close_}, {"connect", connect_}, {"listen", listen_},
+    {"accept", accept_}, {"socketpair", socketpair_}, {"sendmsg", sendmsg_}, {"recvmsg", recvmsg_}, {"close", close_},
+    {"ioctl", ioctl_}, {"setParentDeathSignal", set_parent_death_signal_},
 };
+
+static bool export_function(napi_env env, napi_value exports, const char *name, napi_callback callback,
+                            const void *data) {
+  napi_value value;
+  return napi_create_function(env, name, NAPI_AUTO_LENGTH, callback, (void *)data, &value) == napi_ok &&
+         napi_set_named_property(env, exports, name, value) == napi_ok;
+}
 
 NAPI_MODULE_INIT() {
   const char *type = uv_handle_type_name(UV_POLL_TYPE);
@@ -634,13 +590,9 @@ NAPI_MODULE_INIT() {
     napi_throw_error(env, NULL, "libuv numbers its poll handle in a way this build does not know");
     return NULL;
   }
+  if (!export_function(env, exports, "signal", signal_, NULL)) return NULL;
   for (size_t i = 0; i < sizeof functions / sizeof functions[0]; i++) {
-    napi_value function;
-    if (napi_create_function(env, functions[i].name, NAPI_AUTO_LENGTH, functions[i].function, NULL, &function) !=
-            napi_ok ||
-        napi_set_named_property(env, exports, functions[i].name, function) != napi_ok) {
-      return NULL;
-    }
+    if (!export_function(env, exports, functions[i].name, dispatch, &functions[i])) return NULL;
   }
   return exports;
 }

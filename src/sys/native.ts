@@ -31,8 +31,7 @@ export interface NativeBinding {
   signal(fd: number): number | undefined;
   drain(fd: number): number;
   watch(fd: number, drains: boolean, writable: boolean, callback: () => void): NativeWatch | number;
-  watchRef(watch: NativeWatch): void;
-  watchUnref(watch: NativeWatch): void;
+  watchRef(watch: NativeWatch, keepsAlive: boolean): void;
   watchClose(watch: NativeWatch): void;
   connect(path: string): number;
   listen(path: string, backlog: number): number;

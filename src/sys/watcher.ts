@@ -39,12 +39,12 @@ export class FdWatcher {
 
   /** Keep the process alive while the watch goes on (the default). No effect after `close`. */
   ref(): void {
-    if (this.#watch !== undefined) native().watchRef(this.#watch);
+    if (this.#watch !== undefined) native().watchRef(this.#watch, true);
   }
 
   /** Let the process end although the watch goes on. No effect after `close`. */
   unref(): void {
-    if (this.#watch !== undefined) native().watchUnref(this.#watch);
+    if (this.#watch !== undefined) native().watchRef(this.#watch, false);
   }
 
   /** End the watch; no callback runs afterwards. The descriptor stays open. Idempotent. */
