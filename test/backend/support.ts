@@ -1,0 +1,60 @@
+/** Back-ends for tests: in folders of their own, closed and checked for errors after each test. */
+
+import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import type { TestContext } from "node:test";
+import {
+  type BlockStorage,
+  RamStorage,
+  VhostUserBackend,
+  type VhostUserBackendOptions,
+} from "../../src/backend/index.js";
+import { FrontEnd } from "./front-end.js";
+
+/** A folder that is gone after the test. */
+export function folderFor(t: TestContext): string {
+  const folder = mkdtempSync(join(tmpdir(), "virtio-test-"));
+  t.after(() => rmSync(folder, { recursive: true, force: true }));
+  return folder;
+}
+
+/** A back-end for one test, with what it complained about. */
+export function backendFor(
+  t: TestContext,
+  storage: BlockStorage = new RamStorage(1024 * 1024),
+  options: Partial<VhostUserBackendOptions> = {},
+): { backend: VhostUserBackend; errors: Error[] } {
+  const errors: Error[] = [];
+  const path = join(folderFor(t), "disk.sock");
+  const backend = VhostUserBackend.listen({
+    ...{ path, storage, onError: (error) => errors.push(error as Error) },
+    ...options,
+  });
+  t.after(() => backend.close());
+  return { backend, errors };
+}
+
+/** A front-end connected to `backend`, closed after the test. */
+export function frontEndFor(t: TestContext, backend: VhostUserBackend): FrontEnd {
+  const front = new FrontEnd(backend.path);
+  t.after(() => front.close());
+  return front;
+}
+
+/** Open descriptors of this process. */
+export function openFds(): number {
+  return readdirSync("/proc/self/fd").length;
+}
+
+/** Mappings of memory files in this process. */
+export function mappings(): number {
+  return readFileSync("/proc/self/maps", "utf8")
+    .split("\n")
+    .filter((line) => line.includes("memfd:")).length;
+}
+
+/** Bytes that differ from place to place. */
+export function pattern(length: number, seed = 1): Uint8Array {
+  return Uint8Array.from({ length }, (_, i) => (i * 31 + (i >> 8) * 7 + seed * 101) & 0xff);
+}
