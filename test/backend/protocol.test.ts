@@ -1,0 +1,887 @@
+/** The vhost-user protocol of the embedded back-end (VHU-BE rows), by a front-end that can also lie. */
+
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { describe, it, type TestContext } from "node:test";
+import {
+  type BlockStorage,
+  RamStorage,
+  VhostUserBackend,
+  type VhostUserBackendOptions,
+} from "../../src/backend/index.js";
+import {
+  BlkFeature,
+  BlkRequestType,
+  configCodec,
+  encodeVhostUserMessage,
+  memoryTableCodec,
+  singleRegionCodec,
+  u64Codec,
+  VHOST_USER_F_PROTOCOL_FEATURES,
+  VhostUserProtocolFeature,
+  VhostUserRequest,
+  vringFdCodec,
+  vringStateCodec,
+} from "../../src/protocol/index.js";
+import { closeFd, createMemfd, EventFd, mapShared, socketPair, unmapShared } from "../../src/sys/index.js";
+import { VirtioFeature } from "../../src/virtqueue/index.js";
+import { ALL_PROTOCOL_FEATURES, GUEST, MEMORY_BYTES, REGION, soon, turns, USER } from "./front-end.js";
+import { backendFor, frontEndFor, mappings, openFds, pattern } from "./support.js";
+
+const { STATUS } = VhostUserProtocolFeature;
+const { RING_PACKED, EVENT_IDX, INDIRECT_DESC, VERSION_1 } = VirtioFeature;
+const WRITABLE = BlkFeature.FLUSH | BlkFeature.CONFIG_WCE;
+const R = VhostUserRequest;
+const NO_FD = vringFdCodec.encode({ index: 0, noFd: true });
+const WITH_FD = vringFdCodec.encode({ index: 0, noFd: false });
+
+/** Wait, turn by turn, until `condition` holds. */
+async function until(condition: () => boolean): Promise<void> {
+  for (let i = 0; i < 10_000 && !condition(); i++) await turns(1);
+  assert.ok(condition(), "it did not come to that");
+}
+
+/** A back-end and one front-end. */
+function pair(t: TestContext, options: Partial<VhostUserBackendOptions> = {}) {
+  const { backend, errors } = backendFor(t, options.storage, options);
+  return { backend, errors, front: frontEndFor(t, backend) };
+}
+
+describe("vhost-user back-end: messages", () => {
+  it("VHU-BE-01 VHU-BE-02 VHU-BE-04 VHU-BE-14 answers before and after negotiation, with the id and flags 0x5", async (t) => {
+    const { front } = pair(t, { queues: 5 });
+    assert.notEqual((await front.askU64(R.GET_FEATURES)) & VHOST_USER_F_PROTOCOL_FEATURES, 0n);
+    const offered = await front.askU64(R.GET_PROTOCOL_FEATURES);
+    assert.equal(offered, ALL_PROTOCOL_FEATURES | STATUS);
+    front.send(R.SET_PROTOCOL_FEATURES, u64Codec.encode(offered));
+    assert.equal(await front.askU64(R.GET_QUEUE_NUM), 5n);
+    assert.equal(await front.askU64(R.GET_MAX_MEM_SLOTS), 64n);
+    assert.equal(await front.askU64(R.GET_STATUS), 0n);
+    const state = vringStateCodec.encode({ index: 4, num: 0 });
+    assert.deepEqual(await front.ask(R.GET_VRING_BASE, state), state);
+  });
+
+  it("VHU-BE-22 acknowledges what asks for it, and only that; a request with a reply is answered once", async (t) => {
+    const { front } = pair(t);
+    await front.handshake(0n);
+    front.send(R.SET_VRING_NUM, vringStateCodec.encode({ index: 0, num: 8 }));
+    await front.must(R.SET_VRING_NUM, vringStateCodec.encode({ index: 0, num: 16 }));
+    front.send(R.GET_QUEUE_NUM, new Uint8Array(0), [], 0x9);
+    assert.equal(u64Codec.decode(await front.reply(R.GET_QUEUE_NUM)), 1n);
+    await front.must(R.RESET_OWNER); // VHU-BE-17: ignored
+    assert.ok(front.silent);
+  });
+
+  it("does not acknowledge without REPLY_ACK", async (t) => {
+    const { front } = pair(t);
+    front.send(R.SET_OWNER, new Uint8Array(0), [], 0x9);
+    await front.askU64(R.GET_FEATURES);
+    assert.ok(front.silent);
+  });
+
+  /** Messages after a handshake that are refused: an acknowledgement of 1, and everything is as before. */
+  const refused: readonly (readonly [name: string, request: number, payload: Uint8Array, fds: number])[] = [
+    ["a second owner", R.SET_OWNER, new Uint8Array(0), 0],
+    ["an owner with a payload", R.SET_OWNER, new Uint8Array(4), 0],
+    ["features of 4 bytes", R.SET_FEATURES, new Uint8Array(4), 0],
+    ["features not offered", R.SET_FEATURES, u64Codec.encode(VERSION_1 | (1n << 63n)), 0],
+    ["features with a descriptor", R.SET_FEATURES, u64Codec.encode(VERSION_1), 1],
+    ["a ring that is not there", R.SET_VRING_NUM, vringStateCodec.encode({ index: 1, num: 8 }), 0],
+    ["a ring number of 2^32-1", R.SET_VRING_ENABLE, vringStateCodec.encode({ index: 0xffff_ffff, num: 1 }), 0],
+    ["a ring of size 0", R.SET_VRING_NUM, vringStateCodec.encode({ index: 0, num: 0 }), 0],
+    ["a ring above 32768", R.SET_VRING_NUM, vringStateCodec.encode({ index: 0, num: 32769 }), 0],
+    ["a ring state of 12 bytes", R.SET_VRING_BASE, new Uint8Array(12), 0],
+    ["a ring address of 32 bytes", R.SET_VRING_ADDR, new Uint8Array(32), 0],
+    ["enabling by 2", R.SET_VRING_ENABLE, vringStateCodec.encode({ index: 0, num: 2 }), 0],
+    ["a kick before size and addresses", R.SET_VRING_KICK, WITH_FD, 1],
+    ["a kick without a descriptor", R.SET_VRING_KICK, NO_FD, 0],
+    ["a kick whose descriptor is missing", R.SET_VRING_KICK, WITH_FD, 0],
+    ["a kick with two descriptors", R.SET_VRING_KICK, WITH_FD, 2],
+    ["a call with a descriptor it denies", R.SET_VRING_CALL, NO_FD, 1],
+    ["a call for a ring that is not there", R.SET_VRING_CALL, vringFdCodec.encode({ index: 9, noFd: false }), 1],
+    ["a call with reserved bits", R.SET_VRING_CALL, u64Codec.encode(0x200), 1],
+    ["VHU-BE-18 a region without a descriptor", R.ADD_MEM_REG, singleRegionCodec.encode(REGION), 0],
+    ["VHU-BE-18 a region with two descriptors", R.ADD_MEM_REG, singleRegionCodec.encode(REGION), 2],
+    ["VHU-BE-18 a table with fewer descriptors than regions", R.SET_MEM_TABLE, memoryTableCodec.encode([REGION]), 0],
+    ["a table with more descriptors than regions", R.SET_MEM_TABLE, memoryTableCodec.encode([]), 1],
+    ["a table of 9 regions", R.SET_MEM_TABLE, Uint8Array.from({ length: 8 + 9 * 32 }, (_, i) => (i === 0 ? 9 : 0)), 0],
+    ["removing a region that is not there", R.REM_MEM_REG, singleRegionCodec.encode(REGION), 0],
+    ["VHU-BE-23 a back-end channel that was not offered", R.SET_BACKEND_REQ_FD, new Uint8Array(0), 1],
+    ["VHU-BE-23 an MTU", R.NET_SET_MTU, u64Codec.encode(1500), 0],
+    ["a log descriptor", R.SET_LOG_FD, new Uint8Array(0), 1],
+    ["a status without the feature", R.SET_STATUS, u64Codec.encode(1), 0],
+    ["the postcopy of a virtual machine", R.POSTCOPY_LISTEN, new Uint8Array(0), 0],
+    ["a request that is not known", 99, new Uint8Array(16), 0],
+    ["a request 0", 0, new Uint8Array(0), 0],
+  ];
+  for (const [name, request, payload, count] of refused) {
+    it(`refuses ${name}, closes its descriptors and goes on`, async (t) => {
+      const { front, errors, backend } = pair(t);
+      await front.handshake(0n);
+      const before = openFds();
+      const fds = Array.from({ length: count }, () => EventFd.create());
+      assert.equal(
+        await front.ack(
+          request,
+          payload,
+          fds.map(({ fd }) => fd),
+        ),
+        1n,
+      );
+      for (const fd of fds) fd.close();
+      assert.equal(openFds(), before);
+      assert.equal(errors.length, 1);
+      assert.equal(backend.stats.errors, 1);
+      assert.equal(await front.askU64(R.GET_QUEUE_NUM), 1n);
+    });
+  }
+
+  /** Bytes that end the connection: nothing sensible can follow. */
+  const fatal: readonly (readonly [name: string, bytes: Uint8Array])[] = [
+    ["a message of version 2", encodeVhostUserMessage(R.GET_FEATURES, 0x2)],
+    ["a message of version 0", encodeVhostUserMessage(R.GET_FEATURES, 0x0)],
+    ["a reply", encodeVhostUserMessage(R.GET_FEATURES, 0x5)],
+    ["unknown flags", encodeVhostUserMessage(R.GET_FEATURES, 0x11)],
+    ["a payload above the limit", Uint8Array.of(1, 0, 0, 0, 1, 0, 0, 0, 1, 0x10, 0, 0)],
+    ["a payload of 2^32-1", Uint8Array.of(1, 0, 0, 0, 1, 0, 0, 0, 255, 255, 255, 255)],
+    ["a refused message that asks for no acknowledgement", encodeVhostUserMessage(99, 0x1)],
+    [
+      "VHU-BE-25 in-band notifications without the channel",
+      encodeVhostUserMessage(R.SET_PROTOCOL_FEATURES, 0x9, u64Codec.encode(0x4008)),
+    ],
+    ["protocol features not offered", encodeVhostUserMessage(R.SET_PROTOCOL_FEATURES, 0x9, u64Codec.encode(1n << 21n))],
+    [
+      "a request whose own reply is impossible",
+      encodeVhostUserMessage(R.GET_VRING_BASE, 0x9, vringStateCodec.encode({ index: 7, num: 0 })),
+    ],
+    ["an in-flight region, which was not offered", encodeVhostUserMessage(R.GET_INFLIGHT_FD, 0x9, new Uint8Array(24))],
+    ["GET_FEATURES with a payload", encodeVhostUserMessage(R.GET_FEATURES, 0x1, new Uint8Array(8))],
+  ];
+  for (const [name, bytes] of fatal) {
+    it(`VHU-BE-03 hangs up after ${name}, and serves the next client`, async (t) => {
+      const { front, backend, errors } = pair(t);
+      await front.handshake(0n);
+      front.sendBytes(bytes);
+      await front.hungUp();
+      assert.equal(errors.length, 1);
+      front.close();
+      const next = frontEndFor(t, backend);
+      assert.deepEqual((await (await next.start(WRITABLE)).read(0n, 512)).status, 0);
+    });
+  }
+
+  it("needs the protocol feature that a request belongs to", async (t) => {
+    const { backend } = backendFor(t);
+    for (const request of [R.GET_QUEUE_NUM, R.GET_MAX_MEM_SLOTS, R.GET_STATUS, R.RESET_DEVICE]) {
+      const front = frontEndFor(t, backend);
+      await front.askU64(R.GET_FEATURES);
+      front.send(request);
+      await front.hungUp();
+      front.close();
+    }
+  });
+
+  it("reads messages that come byte by byte, and several at once", async (t) => {
+    const { front } = pair(t);
+    for (const byte of encodeVhostUserMessage(R.GET_FEATURES, 1)) {
+      front.sendBytes(Uint8Array.of(byte));
+      await turns(2);
+    }
+    await front.reply(R.GET_FEATURES);
+    const one = encodeVhostUserMessage(R.GET_PROTOCOL_FEATURES, 1);
+    const many = new Uint8Array(one.length * 100);
+    for (let i = 0; i < 100; i++) many.set(one, i * one.length);
+    front.sendBytes(many);
+    for (let i = 0; i < 100; i++) await front.reply(R.GET_PROTOCOL_FEATURES);
+  });
+
+  for (let length = 1; length < 20; length++) {
+    it(`is not disturbed by a client that hangs up after ${length} bytes of SET_FEATURES`, async (t) => {
+      const { backend, errors, front } = pair(t);
+      await front.askU64(R.GET_FEATURES);
+      const fd = EventFd.create();
+      front.sendBytes(encodeVhostUserMessage(R.SET_FEATURES, 1, new Uint8Array(8)).subarray(0, length), [fd.fd]);
+      fd.close();
+      front.close();
+      await until(() => errors.length === 1);
+      assert.match(errors[0].message, /hung up in the middle of/);
+      await frontEndFor(t, backend).askU64(R.GET_FEATURES);
+    });
+  }
+
+  it("hangs up when descriptors come in the middle of a message", async (t) => {
+    const { front } = pair(t);
+    const bytes = encodeVhostUserMessage(R.SET_FEATURES, 1, new Uint8Array(8));
+    front.sendBytes(bytes.subarray(0, 14));
+    const fd = EventFd.create();
+    front.sendBytes(bytes.subarray(14), [fd.fd]);
+    fd.close();
+    await front.hungUp();
+  });
+
+  it("a client that does not take its replies harms nobody, and the back-end can close", async (t) => {
+    const { backend, front } = pair(t);
+    const one = encodeVhostUserMessage(R.GET_FEATURES, 1);
+    const many = new Uint8Array(one.length * 1000);
+    for (let i = 0; i < 1000; i++) many.set(one, i * one.length);
+    // Send until neither side takes more: the replies fill one direction, the requests then the other.
+    await assert.rejects(async () => {
+      for (;;) {
+        front.sendBytes(many);
+        await turns(20);
+      }
+    });
+    await soon(backend.close(), "the end of the back-end");
+  });
+});
+
+describe("vhost-user back-end: config space and status", () => {
+  const get = (offset: number, length: number, flags = 0): Uint8Array =>
+    configCodec.encode({ offset, flags, data: new Uint8Array(length) });
+
+  it("VHU-BE-20 answers GET_CONFIG with as many bytes, and with none what it cannot answer", async (t) => {
+    const { front } = pair(t);
+    await front.handshake(0n);
+    const whole = configCodec.decode(await front.ask(R.GET_CONFIG, get(0, 96))).data;
+    assert.equal(whole.length, 96);
+    const part = configCodec.decode(await front.ask(R.GET_CONFIG, get(20, 4, 1)));
+    assert.deepEqual(part, { offset: 20, flags: 1, data: whole.subarray(20, 24) });
+    for (const [offset, length] of [
+      [0, 97],
+      [96, 1],
+      [0xffff_ffff, 1],
+      [0, 0],
+      [0, 256],
+    ] as const) {
+      assert.equal((await front.ask(R.GET_CONFIG, get(offset, length))).length, 0, `${length} bytes at ${offset}`);
+    }
+    front.send(R.GET_CONFIG, get(0, 60).subarray(0, 40));
+    await front.hungUp();
+  });
+
+  it("VHU-BE-21 SET_CONFIG writes writeback and nothing else", async (t) => {
+    const { front } = pair(t);
+    await front.handshake(WRITABLE);
+    const set = (offset: number, data: readonly number[], flags = 0): Promise<bigint> =>
+      front.ack(R.SET_CONFIG, configCodec.encode({ offset, flags, data: Uint8Array.from(data) }));
+    const before = await front.ask(R.GET_CONFIG, get(0, 96));
+    const bad: readonly (readonly [number, readonly number[]])[] = [
+      [0, [1, 0, 0, 0, 0, 0, 0, 0]],
+      [32, [1, 1]],
+      [31, [0, 0]],
+      [33, [1]],
+      [32, []],
+      [32, [2]],
+      [96, [0]],
+      [0xffff_ffff, [0]],
+    ];
+    for (const [offset, data] of bad) assert.equal(await set(offset, data), 1n, `${data.length} bytes at ${offset}`);
+    assert.equal(await set(32, [0], 2), 1n);
+    assert.deepEqual(await front.ask(R.GET_CONFIG, get(0, 96)), before);
+    assert.equal(await set(32, [0]), 0n);
+    assert.equal(configCodec.decode(await front.ask(R.GET_CONFIG, get(32, 1))).data[0], 0);
+  });
+
+  it("SET_CONFIG needs CONFIG_WCE", async (t) => {
+    const { front } = pair(t);
+    await front.handshake(BlkFeature.FLUSH);
+    assert.equal(
+      await front.ack(R.SET_CONFIG, configCodec.encode({ offset: 32, flags: 0, data: Uint8Array.of(0) })),
+      1n,
+    );
+  });
+
+  it("BASIC-DEV-01 BASIC-DEV-08 with STATUS nothing is processed before DRIVER_OK; 0 resets and reads back as 0", async (t) => {
+    const { front, backend } = pair(t);
+    await front.handshake(WRITABLE, ALL_PROTOCOL_FEATURES | STATUS);
+    await front.share();
+    const ring = front.ring();
+    await ring.start();
+    await ring.enable(1);
+    await front.must(R.SET_STATUS, u64Codec.encode(1 | 2 | 8));
+    assert.equal(await front.askU64(R.GET_STATUS), 11n);
+    const request = ring.request(BlkRequestType.IN, 0n, { into: 512 });
+    ring.kick.signal();
+    await turns(20);
+    assert.equal(backend.stats.requests, 0);
+    await front.must(R.SET_STATUS, u64Codec.encode(15));
+    assert.equal(await ring.finished(request), 513);
+    assert.equal(await front.ack(R.SET_STATUS, u64Codec.encode(256)), 1n);
+    await front.must(R.SET_STATUS, u64Codec.encode(0));
+    assert.equal(await front.askU64(R.GET_STATUS), 0n);
+    ring.request(BlkRequestType.IN, 0n, { into: 512 });
+    ring.kick.signal();
+    await turns(20);
+    assert.equal(backend.stats.requests, 1); // BASIC-DEV-09 VQ-DEV-01
+  });
+
+  it("BASIC-DEV-05 leaves FEATURES_OK clear when no features were agreed", async (t) => {
+    const { front } = pair(t);
+    front.send(R.SET_PROTOCOL_FEATURES, u64Codec.encode(STATUS | VhostUserProtocolFeature.REPLY_ACK));
+    await front.must(R.SET_STATUS, u64Codec.encode(1 | 2 | 8));
+    assert.equal(await front.askU64(R.GET_STATUS), 3n);
+  });
+
+  it("BASIC-DEV-02 tells a broken ring by NEEDS_RESET and by the error descriptor, until it is reset", async (t) => {
+    const { front, errors } = pair(t);
+    await front.handshake(0n, ALL_PROTOCOL_FEATURES | STATUS);
+    await front.share();
+    const ring = front.ring();
+    const error = EventFd.create();
+    t.after(() => error.close());
+    await front.must(R.SET_VRING_ERR, WITH_FD, [error.fd]);
+    await ring.start();
+    await ring.enable(1);
+    await front.must(R.SET_STATUS, u64Codec.encode(15));
+    ring.driver.view.setUint16(ring.driver.place.driver + 2, 1000, true);
+    ring.kick.signal();
+    await until(() => errors.length === 1);
+    assert.match(errors[0].message, /1000 chains at once/);
+    assert.equal(error.drain(), true);
+    assert.equal(await front.askU64(R.GET_STATUS), 15n | 64n);
+    await front.must(R.RESET_DEVICE);
+    assert.equal(await front.askU64(R.GET_STATUS), 0n);
+  });
+});
+
+describe("vhost-user back-end: memory", () => {
+  const region = (change: Partial<Record<keyof typeof REGION, number | bigint>>): Uint8Array =>
+    singleRegionCodec.encode({ ...REGION, ...change });
+
+  const bad: readonly (readonly [name: string, payload: Uint8Array])[] = [
+    ["no size", region({ size: 0 })],
+    ["a size beyond the file", region({ size: MEMORY_BYTES + 4096 })],
+    ["an offset that takes it beyond the file", region({ mmapOffset: 4096 })],
+    ["an offset inside a page", region({ mmapOffset: 512, size: 4096 })],
+    ["a size of 2^64-1", region({ size: 0xffff_ffff_ffff_ffffn })],
+    ["an offset of 2^64-4096", region({ mmapOffset: 0xffff_ffff_ffff_f000n })],
+    ["guest addresses that wrap around", region({ guestAddress: 0xffff_ffff_ffff_f000n })],
+    ["user addresses that wrap around", region({ userAddress: 0xffff_ffff_ffff_f000n })],
+  ];
+  for (const [name, payload] of bad) {
+    it(`refuses a region with ${name}, and keeps no mapping of it`, async (t) => {
+      const { front } = pair(t);
+      await front.handshake(0n);
+      const before = { fds: openFds(), maps: mappings() };
+      assert.equal(await front.ack(R.ADD_MEM_REG, payload, [front.memfd]), 1n);
+      assert.equal(
+        await front.ack(R.SET_MEM_TABLE, memoryTableCodec.encode([singleRegionCodec.decode(payload)]), [front.memfd]),
+        1n,
+      );
+      assert.deepEqual({ fds: openFds(), maps: mappings() }, before);
+    });
+  }
+
+  it("refuses regions that overlap in either address space, and what is no memory", async (t) => {
+    const { front } = pair(t);
+    await front.handshake(0n);
+    const before = mappings();
+    await front.must(R.ADD_MEM_REG, region({ size: 8192 }), [front.memfd]);
+    const far = 0x100_0000;
+    const overlaps = [
+      region({ size: 4096, guestAddress: GUEST + 4096n, userAddress: USER + BigInt(far) }),
+      region({ size: 4096, guestAddress: GUEST + BigInt(far), userAddress: USER + 4096n }),
+    ];
+    for (const payload of overlaps) assert.equal(await front.ack(R.ADD_MEM_REG, payload, [front.memfd]), 1n);
+    const event = EventFd.create();
+    assert.equal(
+      await front.ack(R.ADD_MEM_REG, region({ size: 4096, guestAddress: 0, userAddress: 0 }), [event.fd]),
+      1n,
+    );
+    event.close();
+    const table = memoryTableCodec.encode([REGION, { ...REGION, guestAddress: GUEST + 4096n, userAddress: 0 }]);
+    assert.equal(await front.ack(R.SET_MEM_TABLE, table, [front.memfd, front.memfd]), 1n);
+    assert.equal(mappings(), before + 1);
+    await front.must(R.REM_MEM_REG, region({ size: 8192 }));
+    assert.equal(mappings(), before);
+  });
+
+  it("takes 64 regions and no more", async (t) => {
+    const { front } = pair(t);
+    await front.handshake(0n);
+    const nth = (i: number): Uint8Array =>
+      region({
+        size: 4096,
+        mmapOffset: i * 4096,
+        guestAddress: GUEST + BigInt(i * 8192),
+        userAddress: USER + BigInt(i * 8192),
+      });
+    for (let i = 0; i < 64; i++) await front.must(R.ADD_MEM_REG, nth(i), [front.memfd]);
+    assert.equal(await front.ack(R.ADD_MEM_REG, nth(64), [front.memfd]), 1n);
+  });
+
+  it("VHU-BE-19 removes a region by addresses and size; one descriptor may come along and is closed", async (t) => {
+    const { front } = pair(t);
+    await front.handshake(0n);
+    const before = { fds: openFds(), maps: mappings() };
+    await front.share();
+    assert.equal(await front.ack(R.REM_MEM_REG, region({ size: 4096 })), 1n);
+    assert.equal(await front.ack(R.REM_MEM_REG, region({ guestAddress: 0 })), 1n);
+    assert.equal(await front.ack(R.REM_MEM_REG, region({ userAddress: 0 })), 1n);
+    assert.equal(await front.ack(R.REM_MEM_REG, region({}), [front.memfd, front.memfd]), 1n);
+    await front.must(R.REM_MEM_REG, region({}), [front.memfd]);
+    assert.deepEqual({ fds: openFds(), maps: mappings() }, before);
+  });
+
+  it("does not remove the memory of a started ring", async (t) => {
+    const { front } = pair(t);
+    const ring = await front.start(0n);
+    assert.equal(await front.ack(R.REM_MEM_REG, region({})), 1n);
+    assert.equal((await ring.read(0n, 512)).status, 0);
+    await ring.stop();
+    await front.must(R.REM_MEM_REG, region({}));
+  });
+
+  it("breaks the ring of a driver that uses memory it has not shared, or shares no more", async (t) => {
+    const { front, errors } = pair(t);
+    await front.handshake(0n);
+    // The rings' memory is one region, the data another, which goes away.
+    const half = MEMORY_BYTES / 2;
+    const data = region({
+      size: half,
+      mmapOffset: half,
+      guestAddress: GUEST + BigInt(half),
+      userAddress: USER + BigInt(half),
+    });
+    await front.must(R.ADD_MEM_REG, region({ size: half }), [front.memfd]);
+    await front.must(R.ADD_MEM_REG, data, [front.memfd]);
+    const ring = front.ring();
+    await ring.start();
+    await ring.enable(1);
+    assert.equal((await ring.read(0n, 512)).status, 0);
+    await front.must(R.REM_MEM_REG, data);
+    ring.request(BlkRequestType.IN, 0n, { into: 512 });
+    ring.kick.signal();
+    await until(() => errors.length === 1);
+    assert.match(errors[0].message, /outside the shared memory/);
+  });
+
+  it("exchanges the whole table under running rings, and refuses one without them", async (t) => {
+    const { front, backend } = pair(t);
+    const ring = await front.start(RING_PACKED);
+    await ring.write(0n, pattern(512));
+    const before = mappings();
+    const elsewhere = { ...REGION, guestAddress: 0n };
+    await front.must(R.SET_MEM_TABLE, memoryTableCodec.encode([REGION]), [front.memfd]);
+    assert.deepEqual((await ring.read(0n, 512)).data, pattern(512));
+    const twice = [REGION, { ...elsewhere, userAddress: 0n }];
+    await front.must(R.SET_MEM_TABLE, memoryTableCodec.encode(twice), [front.memfd, front.memfd]);
+    assert.deepEqual((await ring.read(0n, 512)).data, pattern(512));
+    assert.equal(await front.ack(R.SET_MEM_TABLE, memoryTableCodec.encode([]), []), 1n);
+    const moved = memoryTableCodec.encode([{ ...REGION, userAddress: 0x1000n }]);
+    assert.equal(await front.ack(R.SET_MEM_TABLE, moved, [front.memfd]), 1n);
+    assert.deepEqual((await ring.read(0n, 512)).data, pattern(512));
+    assert.equal(mappings(), before + 1);
+    assert.equal(backend.stats.errors, 2);
+  });
+
+  it("refuses memory that can shrink when told so", async (t) => {
+    const { backend, errors } = backendFor(t, undefined, { sealedMemory: true });
+    const sealed = frontEndFor(t, backend);
+    assert.equal((await (await sealed.start(0n)).read(0n, 512)).status, 0);
+    sealed.close();
+    const front = frontEndFor(t, backend);
+    await front.handshake(0n);
+    const file = openFds();
+    const [left, right] = socketPair();
+    assert.equal(await front.ack(R.ADD_MEM_REG, region({ size: 4096 }), [left]), 1n);
+    closeFd(left);
+    closeFd(right);
+    assert.match(errors[0].message, /shrunk/);
+    assert.equal(openFds(), file);
+  });
+
+  it("descriptors of memory are not needed after they were mapped", async (t) => {
+    const { front } = pair(t);
+    await front.handshake(0n);
+    const before = openFds();
+    await front.share();
+    assert.equal(openFds(), before);
+  });
+});
+
+for (const [format, features] of [
+  ["split", INDIRECT_DESC | EVENT_IDX],
+  ["packed", RING_PACKED | EVENT_IDX],
+] as const) {
+  describe(`vhost-user back-end: a ${format} ring`, () => {
+    it("VHU-BE-05 VHU-BE-06 starts stopped and disabled; enabled before it starts, it runs when it starts", async (t) => {
+      const { front, backend } = pair(t);
+      await front.handshake(features);
+      await front.share();
+      const ring = front.ring();
+      const request = ring.request(BlkRequestType.IN, 0n, { into: 512 });
+      ring.kick.signal();
+      await ring.enable(1);
+      await turns(20);
+      assert.equal(backend.stats.requests, 0);
+      await ring.start();
+      assert.equal(await ring.finished(request), 513);
+    });
+
+    it("VHU-BE-07 VHU-BE-08 started and disabled: no side effects; requests wait until it is enabled", async (t) => {
+      const { front, backend } = pair(t);
+      await front.handshake(features | WRITABLE);
+      await front.share();
+      const ring = front.ring();
+      await ring.start();
+      const request = ring.request(BlkRequestType.OUT, 0n, { out: pattern(512) });
+      ring.kick.signal();
+      await turns(20);
+      assert.deepEqual([backend.stats.requests, request.status(), ring.isFinished(request)], [0, 0xff, false]);
+      await ring.enable(1);
+      assert.equal(await ring.finished(request), 1);
+      assert.equal(request.status(), 0);
+      await ring.enable(0);
+      ring.request(BlkRequestType.IN, 0n, { into: 512 });
+      ring.kick.signal();
+      await turns(20);
+      assert.equal(backend.stats.requests, 1);
+    });
+
+    it("VHU-BE-10 processes what was queued before the start without any kick", async (t) => {
+      const { front } = pair(t);
+      await front.handshake(features);
+      await front.share();
+      const ring = front.ring();
+      const requests = [0n, 1n, 2n].map((sector) => ring.request(BlkRequestType.IN, sector, { into: 512 }));
+      await ring.start();
+      await ring.enable(1);
+      for (const request of requests) assert.equal(await ring.finished(request), 513);
+    });
+
+    it("VHU-BE-09 VHU-BE-15 stops at GET_VRING_BASE with the right base, and goes on from it", async (t) => {
+      const { front, backend } = pair(t);
+      const ring = await front.start(features, 8);
+      await ring.write(0n, pattern(512));
+      for (let i = 0; i < 5; i++) await ring.read(0n, 512);
+      const base = await ring.stop();
+      // Six chains of three descriptors, in one of eight: packed positions are descriptors.
+      assert.equal(base, format === "split" ? 6 : 0x8000_8000 + 0x0002_0002);
+      const request = ring.request(BlkRequestType.IN, 0n, { into: 512 });
+      ring.kick.signal();
+      await turns(20);
+      assert.equal(ring.isFinished(request), false);
+      assert.equal(await ring.stop(), base); // a stopped ring knows its base, too
+      await ring.start(base);
+      assert.equal(await ring.finished(request), 513);
+      assert.deepEqual(request.data(), pattern(512));
+      assert.equal(backend.stats.errors, 0);
+    });
+
+    it("VHU-BE-15 GET_VRING_BASE waits for the requests in flight", async (t) => {
+      const finish: (() => void)[] = [];
+      const slow: BlockStorage = {
+        capacity: 1024 * 1024,
+        read: () => new Promise((resolve) => finish.push(resolve)),
+        write: () => undefined,
+        flush: () => undefined,
+      };
+      const { front } = pair(t, { storage: slow });
+      const ring = await front.start(features);
+      const request = ring.request(BlkRequestType.IN, 0n, { into: 512 });
+      ring.kick.signal();
+      await until(() => finish.length === 1);
+      const stopped = ring.stop();
+      await turns(20);
+      ring.request(BlkRequestType.IN, 0n, { into: 512 }); // comes too late
+      ring.kick.signal();
+      await turns(20);
+      assert.ok(front.silent);
+      assert.equal(ring.isFinished(request), false);
+      for (const resolve of finish) resolve();
+      assert.equal(await stopped, format === "split" ? 1 : 0x8003_8003);
+      assert.equal(ring.isFinished(request), true);
+    });
+
+    it("VHU-BE-12 the call descriptor is exchanged under load, and no completion goes unheard", async (t) => {
+      const { front } = pair(t);
+      const ring = await front.start(features, 256);
+      for (let round = 0; round < 20; round++) {
+        const requests = Array.from({ length: 8 }, (_, i) => ring.request(BlkRequestType.IN, BigInt(i), { into: 512 }));
+        ring.kick.signal();
+        const old = ring.call;
+        ring.call = EventFd.create();
+        front.send(R.SET_VRING_CALL, WITH_FD, [ring.call.fd]);
+        for (const request of requests) assert.equal(await ring.finished(request), 513);
+        old.close();
+      }
+    });
+
+    it("VHU-BE-12 the kick descriptor is exchanged while it runs", async (t) => {
+      const { front } = pair(t);
+      const ring = await front.start(features);
+      const kick = EventFd.create();
+      t.after(() => kick.close());
+      await front.must(R.SET_VRING_KICK, WITH_FD, [kick.fd]);
+      await turns(2000); // it sleeps by now
+      const request = ring.request(BlkRequestType.IN, 0n, { into: 512 });
+      kick.signal();
+      assert.equal(await ring.finished(request), 513);
+    });
+
+    it("VHU-BE-13 stopped: nothing is written, nobody notified, and messages are still answered", async (t) => {
+      const { front } = pair(t);
+      const ring = await front.start(features);
+      await ring.read(0n, 512);
+      await ring.stop();
+      ring.call.drain();
+      ring.request(BlkRequestType.IN, 0n, { into: 512 });
+      const before = front.bytes.slice();
+      for (let i = 0; i < 5; i++) {
+        ring.kick.signal();
+        await turns(10);
+      }
+      assert.deepEqual(front.bytes, before);
+      assert.equal(ring.call.drain(), false);
+      assert.ok(front.silent);
+      assert.equal(await front.askU64(R.GET_QUEUE_NUM), 1n);
+    });
+
+    it("VHU-BE-33 VQ-DEV-02 VQ-DEV-03 RESET_DEVICE stops and forgets; a new configuration takes effect", async (t) => {
+      const { front, backend } = pair(t);
+      const ring = await front.start(features);
+      await ring.write(0n, pattern(512));
+      await front.must(R.RESET_DEVICE);
+      ring.request(BlkRequestType.IN, 0n, { into: 512 });
+      ring.kick.signal();
+      await turns(20);
+      assert.equal(backend.stats.requests, 1);
+      assert.equal(await front.ack(R.SET_VRING_KICK, WITH_FD, [ring.kick.fd]), 1n); // it has no size any more
+      ring.close();
+      front.bytes.fill(0);
+      await front.must(R.SET_FEATURES, u64Codec.encode(front.features | VHOST_USER_F_PROTOCOL_FEATURES));
+      const again = front.ring(0, 16);
+      await again.start();
+      await again.enable(1);
+      assert.deepEqual((await again.read(0n, 512)).data, pattern(512));
+    });
+
+    it("refuses to change a started ring, and rings that do not lie in the memory", async (t) => {
+      const { front } = pair(t);
+      const ring = await front.start(features);
+      assert.equal(await front.ack(R.SET_VRING_NUM, vringStateCodec.encode({ index: 0, num: 8 })), 1n);
+      assert.equal(await front.ack(R.SET_VRING_BASE, vringStateCodec.encode({ index: 0, num: 8 })), 1n);
+      assert.equal(await front.ack(R.SET_VRING_ADDR, ring.address()), 1n);
+      const other = u64Codec.encode((front.features ^ EVENT_IDX) | VHOST_USER_F_PROTOCOL_FEATURES);
+      assert.equal(await front.ack(R.SET_FEATURES, other), 1n);
+      await front.must(R.SET_FEATURES, u64Codec.encode(front.features | VHOST_USER_F_PROTOCOL_FEATURES));
+      assert.equal((await ring.read(0n, 512)).status, 0);
+      await ring.stop();
+      const bad = [
+        ring.address({ desc: 8n }),
+        ring.address({ avail: 1n }),
+        ring.address({ used: 2n }),
+        ring.address({ desc: BigInt(MEMORY_BYTES) }),
+        ring.address({ avail: -USER }),
+        ring.address({ used: BigInt(MEMORY_BYTES) }),
+      ];
+      const before = openFds();
+      for (const payload of bad) {
+        await front.must(R.SET_VRING_ADDR, payload);
+        assert.equal(await front.ack(R.SET_VRING_KICK, WITH_FD, [ring.kick.fd]), 1n);
+      }
+      assert.equal(await front.ack(R.SET_VRING_ADDR, ring.address({ flags: 1 })), 1n);
+      assert.equal(openFds(), before);
+    });
+
+    it("refuses notification descriptors that are no eventfds", async (t) => {
+      const { front } = pair(t);
+      const ring = await front.start(features);
+      const before = openFds();
+      for (const request of [R.SET_VRING_KICK, R.SET_VRING_CALL, R.SET_VRING_ERR]) {
+        assert.equal(await front.ack(request, WITH_FD, [front.memfd]), 1n);
+      }
+      assert.equal(openFds(), before);
+      assert.equal((await ring.read(0n, 512)).status, 0);
+    });
+
+    it("works for a driver that only polls, without a call descriptor", async (t) => {
+      const { front } = pair(t);
+      const ring = await front.start(features);
+      await front.must(R.SET_VRING_CALL, NO_FD);
+      const request = ring.request(BlkRequestType.IN, 0n, { into: 512 });
+      ring.kick.signal();
+      await until(() => ring.isFinished(request));
+      assert.equal(request.status(), 0);
+    });
+
+    it("SPLIT-DEV-17 is not disturbed by kicks for nothing", async (t) => {
+      const { front, backend } = pair(t);
+      const ring = await front.start(features);
+      for (let i = 0; i < 50; i++) {
+        ring.kick.signal();
+        await turns(i % 3);
+      }
+      assert.equal((await ring.read(0n, 512)).status, 0);
+      assert.equal(backend.stats.requests, 1);
+    });
+
+    it("serves several queues, each on its own, with sizes of their own", async (t) => {
+      const { front } = pair(t, { queues: 4 });
+      await front.handshake(features | BlkFeature.MQ);
+      await front.share();
+      const rings = [8, 64, 16, 32].map((size, i) => front.ring(i, size));
+      for (const ring of rings) {
+        await ring.start();
+        await ring.enable(1);
+      }
+      await Promise.all(rings.map((ring, i) => ring.write(BigInt(i * 100), pattern(1024, i))));
+      for (const ring of rings) {
+        for (let i = 0; i < 4; i++) assert.deepEqual((await ring.read(BigInt(i * 100), 1024)).data, pattern(1024, i));
+      }
+      // One is stopped, the others go on.
+      await rings[2].stop();
+      assert.equal((await rings[3].read(0n, 512)).status, 0);
+    });
+  });
+}
+
+describe("vhost-user back-end: front-ends of other kinds", () => {
+  it("VHU-BE-11 without protocol features rings are enabled by SET_FEATURES, and SET_MEM_TABLE shares the memory", async (t) => {
+    const { front } = pair(t);
+    front.features = VERSION_1;
+    front.send(R.SET_OWNER);
+    front.send(R.SET_FEATURES, u64Codec.encode(VERSION_1));
+    front.send(R.SET_MEM_TABLE, memoryTableCodec.encode([REGION]), [front.memfd]);
+    const ring = front.ring();
+    front.send(R.SET_VRING_NUM, vringStateCodec.encode({ index: 0, num: 64 }));
+    front.send(R.SET_VRING_BASE, vringStateCodec.encode({ index: 0, num: 0 }));
+    front.send(R.SET_VRING_ADDR, ring.address());
+    front.send(R.SET_VRING_CALL, WITH_FD, [ring.call.fd]);
+    front.send(R.SET_VRING_KICK, WITH_FD, [ring.kick.fd]);
+    assert.equal((await ring.read(0n, 512)).status, 0);
+  });
+
+  it("takes one client after another, with the same disk and a fresh device", async (t) => {
+    const { backend } = backendFor(t);
+    const before = { fds: openFds(), maps: mappings() };
+    for (let i = 0; i < 20; i++) {
+      const front = frontEndFor(t, backend);
+      const ring = await front.start(i % 2 === 0 ? RING_PACKED : 0n);
+      if (i > 0) assert.deepEqual((await ring.read(0n, 512)).data, pattern(512, i - 1));
+      await ring.write(0n, pattern(512, i));
+      // Some leave politely, some in the middle of a request.
+      if (i % 3 === 0) await ring.stop();
+      else ring.request(BlkRequestType.IN, 0n, { into: 512 });
+      ring.kick.signal();
+      front.close();
+    }
+    await until(() => mappings() <= before.maps + 1 && openFds() <= before.fds);
+    assert.ok(backend.stats.connections >= 20);
+  });
+
+  it("lets a second client wait for its turn", async (t) => {
+    const { backend, front } = pair(t);
+    await front.askU64(R.GET_FEATURES);
+    const second = frontEndFor(t, backend);
+    second.send(R.GET_FEATURES);
+    await turns(20);
+    assert.ok(second.silent);
+    front.close();
+    await second.reply(R.GET_FEATURES);
+  });
+
+  it("a client that leaves with requests in flight leaves its memory mapped until they are finished", async (t) => {
+    const finish: (() => void)[] = [];
+    const seen: number[] = [];
+    const slow: BlockStorage = {
+      capacity: 1024 * 1024,
+      read: (_offset, into) =>
+        new Promise((resolve) => {
+          finish.push(() => {
+            seen.push(into.length); // 0 when its memory was unmapped
+            resolve();
+          });
+        }),
+      write: () => undefined,
+      flush: () => undefined,
+    };
+    const { backend, front } = pair(t, { storage: slow });
+    const ring = await front.start(0n);
+    ring.request(BlkRequestType.IN, 0n, { into: 512 });
+    ring.kick.signal();
+    await until(() => finish.length === 1);
+    front.close();
+    await turns(50);
+    const next = frontEndFor(t, backend);
+    next.send(R.GET_FEATURES);
+    await turns(50);
+    assert.ok(next.silent);
+    for (const resolve of finish) resolve();
+    await next.reply(R.GET_FEATURES);
+    assert.deepEqual(seen, [512]);
+  });
+});
+
+describe("a back-end's life", () => {
+  it("close finishes what is in flight, flushes, closes the storage, removes the socket; and twice is once", async (t) => {
+    const log: string[] = [];
+    const storage: BlockStorage = {
+      capacity: 512,
+      read: async () => {
+        await turns(20);
+        log.push("read");
+      },
+      write: () => undefined,
+      flush: () => void log.push("flush"),
+      close: () => void log.push("close"),
+    };
+    const { backend, front } = pair(t, { storage });
+    const ring = await front.start(0n);
+    const request = ring.request(BlkRequestType.IN, 0n, { into: 512 });
+    ring.kick.signal();
+    await until(() => backend.stats.requests === 1);
+    await Promise.all([backend.close(), backend.close()]);
+    assert.deepEqual(log, ["read", "flush", "close"]);
+    assert.ok(ring.isFinished(request));
+    assert.throws(() => readFileSync(backend.path), { code: "ENOENT" });
+    await front.hungUp();
+  });
+
+  it("leaves no descriptor and no mapping, 200 times", async (t) => {
+    const one = async (): Promise<void> => {
+      const { backend } = backendFor(t, new RamStorage(65536));
+      const front = frontEndFor(t, backend);
+      const ring = await front.start(RING_PACKED);
+      await ring.write(0n, pattern(512));
+      front.close();
+      await backend.close();
+    };
+    await one();
+    const before = { fds: openFds(), maps: mappings() };
+    for (let i = 0; i < 200; i++) await one();
+    assert.deepEqual({ fds: openFds(), maps: mappings() }, before);
+  });
+
+  it("refuses wrong options, and a path where somebody listens", async (t) => {
+    const { backend } = pair(t);
+    const storage = new RamStorage(65536);
+    t.after(() => storage.close());
+    const path = `${backend.path}2`;
+    const listen = (options: object) => () => VhostUserBackend.listen({ path, storage, ...options });
+    assert.throws(listen({ queues: 0 }), { name: "RangeError" });
+    assert.throws(listen({ queues: 257 }), { name: "RangeError" });
+    assert.throws(listen({ blockSize: 100 }), { name: "RangeError" });
+    assert.throws(listen({ blockSize: 1536 }), { name: "RangeError" });
+    assert.throws(listen({ blockSize: 131072 }), { name: "RangeError" });
+    assert.throws(listen({ packed: 1 }), { name: "TypeError" });
+    assert.throws(listen({ sealedMemory: "yes" }), { name: "TypeError" });
+    assert.throws(listen({ onError: 1 }), { name: "TypeError" });
+    assert.throws(listen({ Packed: true }), { name: "TypeError", message: /"packed"/ });
+    assert.throws(listen({ storage: { capacity: 511 } }), { name: "RangeError" });
+    assert.throws(listen({ storage: { capacity: 512 } }), { name: "TypeError", message: /storage.read/ });
+    assert.throws(listen({ storage: null }), { name: "TypeError" });
+    assert.throws(listen({ path: "" }), { name: "RangeError" });
+    assert.throws(listen({ path: backend.path }), { code: "ERR_VIRTIO_SYSCALL", message: /EADDRINUSE/ });
+  });
+
+  it("maps memory that the front-end unmapped already", async (t) => {
+    const memfd = createMemfd("test-gone", MEMORY_BYTES);
+    unmapShared(mapShared(memfd, MEMORY_BYTES));
+    const { front } = pair(t);
+    await front.handshake(0n);
+    await front.must(R.ADD_MEM_REG, singleRegionCodec.encode(REGION), [memfd]);
+    closeFd(memfd);
+  });
+});
