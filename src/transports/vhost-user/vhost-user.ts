@@ -101,6 +101,10 @@ export class VhostUser implements VirtioTransport {
     try {
       const waits = new Waits(timeout, () => `${channel.waitingFor} from ${peer}`);
       const introduction = await waits.during(() => introduce(channel, peer), wait);
+      if (channel.ended !== undefined) {
+        introduction.backChannel?.close();
+        throw channel.ended;
+      }
       return new VhostUser(where, peer, timeout, channel, waits, introduction, afterClose);
     } catch (error) {
       channel.close(new VirtioError("ERR_VIRTIO_CLOSED", "the connection was given up", { cause: error }));
@@ -141,7 +145,6 @@ export class VhostUser implements VirtioTransport {
       backChannel.onBroken = (error) => this.#end(error);
       backChannel.onConfigChange = () => this.onConfigChange?.();
     }
-    if (channel.ended !== undefined) this.#end(channel.ended);
   }
 
   /** Features in force; 0 before `negotiate`. */

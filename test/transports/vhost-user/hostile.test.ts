@@ -291,6 +291,23 @@ describe("loss", () => {
     assert.equal(told, 1);
   });
 
+  for (const [name, features] of [
+    ["SET_BACKEND_REQ_FD", undefined],
+    ["GET_FEATURES", 1n << 32n],
+  ] as const) {
+    test(`a back-end that hangs up right behind its last answer, to ${name}, is not connected to`, (t) =>
+      withoutLeak(async () => {
+        const peer = new ScriptedPeer({
+          ...(features === undefined ? {} : { features }),
+          misbehave: (received, right) =>
+            received.name === name && right !== undefined ? { bytes: right, close: true } : undefined,
+        });
+        t.after(() => peer.close());
+        await assert.rejects(VhostUser.connect(peer.path), virtioError(DISCONNECTED, "nothing was awaited"));
+        peer.close();
+      }));
+  }
+
   test("who asks too late is told all the same", async (t) => {
     const { peer, device } = await open(t);
     const first = lostBy(device);

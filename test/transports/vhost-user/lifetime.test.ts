@@ -120,6 +120,22 @@ describe("AbortSignal", () => {
     }
   });
 
+  test("a change that was abandoned before it began is not begun", async (t) => {
+    const { options, release } = withholding("ADD_MEM_REG");
+    const { peer, device } = await open(t, options);
+    const first = device.mapMemory(1);
+    await peer.received("ADD_MEM_REG");
+    const abort = new AbortController();
+    const second = assert.rejects(device.mapMemory(1, { signal: abort.signal }), reason);
+    abort.abort(reason);
+    await second;
+    const third = device.mapMemory(1);
+    release(peer);
+    assert.deepEqual([(await first).iova, (await third).iova], [2 ** 21, 2 ** 22]);
+    assert.deepEqual(peer.names.slice(-2), ["ADD_MEM_REG", "ADD_MEM_REG"]);
+    assert.equal(peer.all("ADD_MEM_REG").length, 2);
+  });
+
   test("BASIC-DRV-21 abandoned queues are stopped when they have started", async (t) => {
     const { options, release } = withholding("SET_VRING_ENABLE");
     const { peer, device } = await open(t, options);
@@ -417,7 +433,10 @@ describe("process", () => {
   test("ends by itself while a connection is open but nothing is awaited", async (t) => {
     const peer = new ScriptedPeer();
     t.after(() => peer.close());
-    const program = `const device = await VhostUser.connect(${path}); await device.negotiate(0n);
+    const program = `import { place } from ${JSON.stringify(new URL("../support.js", import.meta.url).href)};
+      const device = await VhostUser.connect(${path});
+      await device.negotiate(0n);
+      await device.startQueues([place(await device.mapMemory(1), 0, 8)]);
       device.onLost = () => console.log("lost"); console.log("idle");`;
     assert.deepEqual(await run(peer, program), { code: 0, output: "idle\n" });
   });
