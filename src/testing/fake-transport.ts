@@ -37,7 +37,10 @@ export interface FakeTransportOptions {
   readonly maxQueueSize?: number;
   /** Regions that can be mapped at the same time. Default 8. */
   readonly maxRegions?: number;
-  /** What the device does when the driver notifies a queue. Called in a microtask. Default: nothing. */
+  /**
+   * What the device does when the driver notifies a queue. Called in a microtask; afterwards the device asks for
+   * the next notification. Default: nothing.
+   */
   readonly onNotify?: (queue: FakeQueue) => void;
 }
 
@@ -312,11 +315,20 @@ export class FakeTransport implements VirtioTransport {
       notify: (data) => {
         this.log.push({ step: "notify", index, data });
         queue.notifications.push(data);
-        queueMicrotask(() => {
-          if (this.ended === undefined) this.onNotify(queue);
-        });
+        queueMicrotask(() => this.serve(queue));
       },
     };
+  }
+
+  /** Let the device look at a queue, then ask for the next notification; again if it took some and more came. */
+  private serve(queue: FakeQueue): void {
+    const { device } = queue;
+    let before = -1;
+    while (this.ended === undefined && device.queue.base !== before) {
+      before = device.queue.base;
+      this.onNotify(queue);
+      if (this.ended !== undefined || !device.enableNotifications()) return;
+    }
   }
 
   private free(region: MemoryRegion): void {

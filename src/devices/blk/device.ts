@@ -68,6 +68,7 @@ export class BlockDevice {
   private readonly openOptions: OpenBlockOptions;
   private currentConfig: BlkConfig;
   private closing: Promise<void> | undefined;
+  private isStopping = false;
 
   /**
    * Bring up a block device behind a connected transport. The transport is the device's from now on, and is
@@ -107,12 +108,14 @@ export class BlockDevice {
     const { blkSize } = config;
     this.blockSize = blkSize !== undefined && blkSize >= SECTOR_SIZE && isPowerOfTwo(blkSize) ? blkSize : SECTOR_SIZE;
     this.readOnly = options.readOnly === true || this.has(BlkFeature.RO);
-    this.scheduler = new Scheduler(this.queues, this.bounce);
+    this.scheduler = new Scheduler(this.queues, this.bounce, (error) => this.lose(error));
     transport.onLost = (error) => this.lose(error);
     transport.onConfigChange = () => {
       this.refresh().then(
         () => this.onConfigChange?.(this.capacity),
-        (error: unknown) => this.lose(error),
+        (error: unknown) => {
+          if (this.closing === undefined) this.lose(error);
+        },
       );
     };
   }
@@ -202,6 +205,8 @@ export class BlockDevice {
    * to offer here: then it resolves at once, and `info.cache` says what is known.
    */
   async flush(options: { readonly signal?: AbortSignal } = NO_OPTIONS): Promise<void> {
+    checkOptions("options", options, ["signal"]);
+    checkSignal(options.signal);
     this.throwIfEnded();
     if (!this.has(BlkFeature.FLUSH)) return;
     await this.run(new ControlOperation(BlkRequestType.FLUSH, [NO_DATA], false), options.signal);
@@ -227,8 +232,11 @@ export class BlockDevice {
     ranges: BlockRange | readonly BlockRange[],
     options: { readonly unmap?: boolean } = NO_OPTIONS,
   ): Promise<void> {
+    checkOptions("options", options, ["unmap"]);
+    const { unmap = false } = options;
+    if (typeof unmap !== "boolean") throw typeError("unmap", "a boolean", unmap);
     const { writeZeroes: limits } = this.config;
-    await this.changeRanges("WRITE_ZEROES", BlkRequestType.WRITE_ZEROES, limits, ranges, options.unmap === true);
+    await this.changeRanges("WRITE_ZEROES", BlkRequestType.WRITE_ZEROES, limits, ranges, unmap);
   }
 
   /**
@@ -326,6 +334,7 @@ export class BlockDevice {
     const closed = new VirtioError("ERR_VIRTIO_CLOSED", `${this.address} is closed; open it again`);
     // From here on nobody looks at the memory, which is about to go. What is still in flight is told only when
     // the device cannot touch it any more.
+    this.isStopping = true;
     for (const queue of this.allQueues) queue.fail(closed);
     try {
       await this.transport.close();
@@ -341,13 +350,14 @@ export class BlockDevice {
   }
 
   private lose(cause: unknown): void {
-    if (this.closing !== undefined || this.scheduler.failure !== undefined) return;
+    if (this.isStopping || this.scheduler.failure !== undefined) return;
     const error =
       cause instanceof VirtioError
         ? cause
         : new VirtioError("ERR_VIRTIO_DISCONNECTED", `${this.address} is lost: ${String(cause)}`, { cause });
     this.endAll(error);
-    this.onLost?.(error);
+    // Whoever called `close` knows already that the device is no more.
+    if (this.closing === undefined) this.onLost?.(error);
   }
 
   private has(feature: bigint): boolean {
@@ -371,8 +381,11 @@ export class BlockDevice {
     options: TransferOptions,
   ): Promise<ReadResult<Memory> | WriteResult<Memory>> {
     try {
+      checkTransferOptions(options);
+      checkMemory(buffer);
       const { position = 0, offset = 0, signal } = options;
       const length = options.length ?? buffer.length - offset;
+      checkSignal(signal);
       this.checkTransfer(type, buffer, position, offset, length);
       const { scheduler } = this;
       if (buffer instanceof DeviceBuffer && signal === undefined && !scheduler.isBacklogged && this.fits(length)) {
@@ -411,14 +424,15 @@ export class BlockDevice {
   private vectorOperation(
     type: number,
     buffers: readonly Memory[],
-    options: Pick<TransferOptions, "position">,
+    options: Pick<TransferOptions, "position" | "signal">,
   ): TransferOperation {
     checkOptions("options", options, ["position", "signal"]);
+    checkSignal(options.signal);
     const given: unknown = buffers; // isArray would make any[] of it
     if (!Array.isArray(given) || given.length === 0) throw typeError("buffers", "an array of buffers", buffers);
     const { position = 0 } = options;
-    const total = buffers.reduce((sum, buffer) => sum + buffer.length, 0);
     for (const buffer of buffers) checkMemory(buffer);
+    const total = buffers.reduce((sum, buffer) => sum + buffer.length, 0);
     this.checkRange(type, position, total);
     const stretches = buffers.filter(({ length }) => length > 0).map((buffer) => stretchOf(buffer, 0, buffer.length));
     return new TransferOperation(type, stretches, position, this.limits);
@@ -451,10 +465,11 @@ export class BlockDevice {
     unmap: boolean,
   ): Promise<void> {
     this.requireFeature(name, BlkFeature[name]);
-    const list = "position" in ranges ? [ranges] : ranges;
+    const list = rangeList(ranges);
     for (const { position, length } of list) this.checkRange(type, position, length);
     if (list.length === 0 || limits === undefined) return;
-    await this.run(new ControlOperation(type, discardRequests(list, limits, unmap), false), undefined);
+    const requests = discardRequests(list, limits, this.limits.maxRequestBytes, unmap);
+    await this.run(new ControlOperation(type, requests, false), undefined);
   }
 
   private requireFeature(what: string, feature: bigint): void {
@@ -464,8 +479,7 @@ export class BlockDevice {
   }
 
   private checkTransfer(type: number, buffer: Memory, position: number, offset: number, length: number): void {
-    checkMemory(buffer);
-    if (!(offset >= 0 && offset + length <= buffer.length)) {
+    if (!(Number.isSafeInteger(offset) && offset >= 0 && offset + length <= buffer.length)) {
       checkInteger("offset", offset, 0, buffer.length);
       checkInteger("length", length, 1, buffer.length - offset);
     }
@@ -492,6 +506,7 @@ export class BlockDevice {
 }
 
 const NO_OPTIONS = {};
+const TRANSFER_OPTIONS = ["position", "offset", "length", "signal"];
 const NO_DATA = new Uint8Array(0);
 
 function checkMemory(buffer: unknown): void {
@@ -500,6 +515,28 @@ function checkMemory(buffer: unknown): void {
     return;
   }
   if (!(buffer instanceof Uint8Array)) throw typeError("buffer", "a Uint8Array or a DeviceBuffer", buffer);
+}
+
+/** A misspelled `position` must not write to the start of the disk. Cheap: nothing is allocated. */
+function checkTransferOptions(options: TransferOptions): void {
+  for (const key in options) {
+    if (key === "position" || key === "offset" || key === "length" || key === "signal") continue;
+    checkOptions("options", options, TRANSFER_OPTIONS);
+  }
+}
+
+function checkSignal(signal: unknown): void {
+  if (signal !== undefined && !(signal instanceof AbortSignal)) throw typeError("signal", "an AbortSignal", signal);
+}
+
+function rangeList(ranges: BlockRange | readonly BlockRange[]): readonly BlockRange[] {
+  const list: readonly unknown[] = Array.isArray(ranges) ? ranges : [ranges];
+  for (const range of list) {
+    if (typeof range !== "object" || range === null)
+      throw typeError("ranges", "{ position, length } or several", range);
+    checkOptions("range", range, ["position", "length"]);
+  }
+  return list as readonly BlockRange[];
 }
 
 function checkOpenOptions(options: OpenBlockOptions): void {

@@ -1,5 +1,6 @@
 /** What one virtio-blk request may hold, from the device's config, the ring and the indirect tables. */
 
+import { VirtioError } from "../../errors.js";
 import { type BlkConfig, SECTOR_SIZE } from "../../protocol/blk.js";
 
 /** Bounds of one request with data, all at least 1. */
@@ -27,6 +28,8 @@ const MAX_REQUEST_BYTES = 8 * 1024 * 1024;
 /**
  * Compute the limits. `seg_max` absent or 0 means one data element, `size_max` absent or 0 means no
  * limit, as Linux reads them; a chain is never longer than the queue (2.7.7.3.1).
+ *
+ * @throws VirtioError ERR_VIRTIO_CONFIG when a request could not hold a single sector.
  */
 export function blkLimits(config: BlkConfig, queueSize: number): BlkLimits {
   const maxSegments = Math.max(1, Math.min(config.segMax ?? 1, queueSize - FRAME_OVERHEAD, MAX_SEGMENTS));
@@ -34,5 +37,12 @@ export function blkLimits(config: BlkConfig, queueSize: number): BlkLimits {
   // Whole sectors, so that a request cut at an element's end is cut at a sector's end.
   const maxSegmentBytes = sizeMax >= SECTOR_SIZE ? sizeMax - (sizeMax % SECTOR_SIZE) : sizeMax;
   const bytes = Math.min(maxSegments * maxSegmentBytes, MAX_REQUEST_BYTES);
-  return { maxSegments, maxSegmentBytes, maxRequestBytes: Math.max(SECTOR_SIZE, bytes - (bytes % SECTOR_SIZE)) };
+  if (bytes < SECTOR_SIZE) {
+    throw new VirtioError(
+      "ERR_VIRTIO_CONFIG",
+      `a request may hold ${maxSegments} data elements of ${maxSegmentBytes} bytes, which is less than a sector; ` +
+        "size_max or seg_max of the device is wrong, or the queue too small for it",
+    );
+  }
+  return { maxSegments, maxSegmentBytes, maxRequestBytes: bytes - (bytes % SECTOR_SIZE) };
 }

@@ -28,11 +28,23 @@ const BOUNCE_BYTES = 16 * 1024 * 1024;
 /** Memory to lend before the pool asks for another region. */
 const POOL_BYTES = 48 * 1024 * 1024;
 
+/** Features that mean something although the config space cannot be read. */
+const CONFIG_FREE_FEATURES = BlkFeature.RO | BlkFeature.FLUSH | BlkFeature.LIFETIME;
+
+/** Features of virtio-blk to be accepted from this device. */
+function wantedBlkFeatures({ hasConfig, offeredFeatures }: VirtioTransport): bigint {
+  // Limits and fields of the other features would be guesses.
+  if (!hasConfig) return CONFIG_FREE_FEATURES;
+  // A write cache that can be switched on and never flushed is no good (5.2.5.2: offered with FLUSH only).
+  const hasFlush = (offeredFeatures & BlkFeature.FLUSH) !== 0n;
+  return hasFlush ? SUPPORTED_BLK_FEATURES : SUPPORTED_BLK_FEATURES & ~BlkFeature.CONFIG_WCE;
+}
+
 /** Wanted features, given the options. */
-function wantedFeatures(options: OpenBlockOptions): bigint {
+function wantedFeatures(transport: VirtioTransport, options: OpenBlockOptions): bigint {
   const { packed = true, indirect = true, eventIdx = true, inOrder = true } = options;
   return (
-    SUPPORTED_BLK_FEATURES |
+    wantedBlkFeatures(transport) |
     VirtioFeature.VERSION_1 |
     VirtioFeature.ACCESS_PLATFORM |
     VirtioFeature.ORDER_PLATFORM |
@@ -65,7 +77,7 @@ export async function negotiateBlk(transport: VirtioTransport, options: OpenBloc
       );
     }
   }
-  return transport.negotiate(wantedFeatures(options), waitOptions(options));
+  return transport.negotiate(wantedFeatures(transport, options), waitOptions(options));
 }
 
 /**
@@ -127,7 +139,7 @@ export async function startBlkQueues(
       `${transport.address} has ${available} request queue(s), ${wanted} were asked for; pass queues: ${available}`,
     );
   }
-  const queueSize = options.queueSize ?? Math.min(DEFAULT_QUEUE_SIZE, transport.maxQueueSize);
+  const queueSize = options.queueSize ?? defaultQueueSize(transport.maxQueueSize);
   const limits = blkLimits(config, queueSize);
   const shape = { queueSize, features, limits, capacity: Number(config.capacity) };
   const stride = alignUp(VirtioBlkQueue.bytesNeeded(shape), QUEUE_ALIGN);
@@ -154,6 +166,11 @@ export async function startBlkQueues(
     queue.start(notifiers[i], mode);
   });
   return { queues, pool, bounce };
+}
+
+/** The largest power of two, which either format takes, within both limits. */
+function defaultQueueSize(most: number): number {
+  return 2 ** Math.floor(Math.log2(Math.min(DEFAULT_QUEUE_SIZE, most)));
 }
 
 /** Queues begin at multiples of this: pages, so that no two queues share one. */

@@ -111,6 +111,7 @@ export abstract class Operation {
     this.allSubmitted = true;
     if (this.isSettled) return;
     this.isSettled = true;
+    this.letGo();
     this.reject(error);
   }
 
@@ -118,6 +119,7 @@ export abstract class Operation {
   settleIfDone(): void {
     if (this.isSettled || !this.allSubmitted || this.outstanding > 0) return;
     this.isSettled = true;
+    this.letGo();
     if (this.failure === undefined) this.resolve();
     else this.reject(this.failure);
   }
@@ -127,6 +129,9 @@ export abstract class Operation {
 
   /** Take `length` delivered bytes of a part. */
   protected abstract deliver(part: Part, length: number): void;
+
+  /** The caller's memory is not needed any more, but for requests in flight. */
+  protected letGo(): void {}
 }
 
 /** A read or write of any length, from or to any memory. */
@@ -153,6 +158,8 @@ export class TransferOperation extends Operation {
     this.total = memory.reduce((sum, piece) => sum + piece.bytes.length, 0);
     this.end = this.total;
     this.pieces = lentPieces(memory, limits, this.total);
+    // Until the promise is settled data may be copied from or to it, so nobody else may get the memory.
+    for (const { lent } of memory) lent?.buffer.retain();
   }
 
   /** Bytes that arrived without a gap from the start. */
@@ -188,6 +195,10 @@ export class TransferOperation extends Operation {
     if (this.type === BlkRequestType.OUT) return;
     if (part.bounce !== undefined) copyPieces(this.memory, part.start, part.bounce.bytes, length, false);
     if (length < part.length) this.end = Math.min(this.end, part.start + length);
+  }
+
+  protected override letGo(): void {
+    for (const { lent } of this.memory) lent?.buffer.unretain();
   }
 }
 

@@ -111,7 +111,7 @@ export class VirtioBlkQueue {
   private readonly requestHi: number;
   private readonly types: Uint8Array;
   private readonly lent: (DeviceBuffer | undefined)[];
-  private readonly lentMore: (readonly DataSegment[] | undefined)[];
+  private readonly lentMore: (readonly DeviceBuffer[] | undefined)[];
   private notifier: QueueNotifier | undefined;
   private watcher: FdWatcher | undefined;
   private currentMode: CompletionMode = "poll";
@@ -147,7 +147,7 @@ export class VirtioBlkQueue {
     this.words.fill(0);
     this.types = new Uint8Array(queueSize);
     this.lent = new Array<DeviceBuffer | undefined>(queueSize).fill(undefined);
-    this.lentMore = new Array<readonly DataSegment[] | undefined>(queueSize).fill(undefined);
+    this.lentMore = new Array<readonly DeviceBuffer[] | undefined>(queueSize).fill(undefined);
   }
 
   /** Requests submitted and not yet completed. */
@@ -253,7 +253,7 @@ export class VirtioBlkQueue {
     queue.push((requestLo + STATUS_OFFSET) | 0, this.requestHi, BLK_STATUS_SIZE, true);
     queue.commit();
     this.writeHeader(slot, type, sector);
-    this.lentMore[slot] = segments;
+    this.lentMore[slot] = segments.map(({ buffer }) => buffer);
     return slot;
   }
 
@@ -344,7 +344,7 @@ export class VirtioBlkQueue {
     const more = this.lentMore[slot];
     if (more === undefined) return;
     this.lentMore[slot] = undefined;
-    for (const segment of more) segment.buffer.unretain();
+    for (const each of more) each.unretain();
   }
 
   private checkSectors(sector: number, length: number): void {

@@ -18,10 +18,17 @@ const MAX_SEGMENTS = 256;
 /**
  * Encode the ranges as `struct virtio_blk_discard_write_zeroes` (virtio 1.3, 5.2.6), one array of segments
  * for each request that is needed.
+ *
+ * @param maxBytes - bytes of data that one request may hold, whatever it is for.
  */
-export function discardRequests(ranges: readonly BlockRange[], limits: SegmentLimits, unmap: boolean): Uint8Array[] {
+export function discardRequests(
+  ranges: readonly BlockRange[],
+  limits: SegmentLimits,
+  maxBytes: number,
+  unmap: boolean,
+): Uint8Array[] {
   const maxSectors = limits.maxSectors === 0 ? MAX_U32 : limits.maxSectors;
-  const maxSegments = Math.min(Math.max(1, limits.maxSegments), MAX_SEGMENTS);
+  const maxSegments = Math.min(Math.max(1, limits.maxSegments), MAX_SEGMENTS, Math.floor(maxBytes / BLK_SEGMENT_SIZE));
   const segments: { sector: number; count: number }[] = [];
   for (const { position, length } of ranges) {
     let sector = position / SECTOR_SIZE;

@@ -3,7 +3,7 @@
 import { VirtioError } from "../../errors.js";
 import type { BufferPool, DeviceBuffer } from "../../memory/index.js";
 import { BlkRequestType } from "../../protocol/blk.js";
-import type { Operation, Part } from "./operation.js";
+import type { NextRequest, Operation, Part } from "./operation.js";
 import type { CompletionMode, VirtioBlkQueue } from "./queue.js";
 import { blkError } from "./status.js";
 
@@ -22,6 +22,9 @@ export interface WriteResult<M> {
   /** The memory that was passed in. */
   readonly buffer: M;
 }
+
+/** A request that no queue will ever take. */
+const REFUSED = -2;
 
 type Settle = (value: ReadResult<DeviceBuffer> | WriteResult<DeviceBuffer>) => void;
 
@@ -62,6 +65,7 @@ export class Scheduler {
   private readonly slots: Slots[];
   private readonly taken: VirtioBlkQueue[] = [];
   private readonly bounce: BufferPool;
+  private readonly lose: (error: VirtioError) => void;
   private readonly waiting: Operation[] = [];
   private readonly take = (length: number): DeviceBuffer | undefined => this.bounce.tryAllocate(length);
   private readonly flushLater = (): void => this.flush();
@@ -71,13 +75,17 @@ export class Scheduler {
   private fatal: VirtioError | undefined;
   private whenIdle: (() => void)[] = [];
 
-  /** @param bounce - memory for callers whose own the device cannot reach. */
-  constructor(queues: readonly VirtioBlkQueue[], bounce: BufferPool) {
+  /**
+   * @param bounce - memory for callers whose own the device cannot reach.
+   * @param lose - called when a queue cannot go on; expected to call {@link fail}.
+   */
+  constructor(queues: readonly VirtioBlkQueue[], bounce: BufferPool, lose: (error: VirtioError) => void) {
     this.bounce = bounce;
+    this.lose = lose;
     this.slots = queues.map((queue) => new Slots(queue));
     for (const slots of this.slots) {
       slots.queue.onComplete = (slot, status, written) => this.complete(slots, slot, status, written);
-      slots.queue.onError = (error) => this.fail(asFatal(error));
+      slots.queue.onError = (error) => this.lose(asFatal(error));
     }
   }
 
@@ -131,7 +139,10 @@ export class Scheduler {
       operation.abort(this.fatal);
       return;
     }
-    if (this.slots.length === 0) throw noQueueLeft();
+    if (this.slots.length === 0) {
+      operation.abort(noQueueLeft());
+      return;
+    }
     if (this.pending === 0) this.keepAlive(true);
     this.waiting.push(operation);
     this.scheduleFlush();
@@ -143,7 +154,7 @@ export class Scheduler {
     try {
       for (const slots of this.slots) count += slots.queue.poll();
     } catch (error) {
-      this.fail(asFatal(error));
+      this.lose(asFatal(error));
       throw error;
     }
     if (this.flushScheduled) this.flush();
@@ -254,7 +265,7 @@ export class Scheduler {
       }
       for (const { queue } of this.slots) queue.kick();
     } catch (error) {
-      this.fail(asFatal(error));
+      this.lose(asFatal(error));
     }
     if (this.pending === 0) this.becameIdle();
   }
@@ -266,8 +277,8 @@ export class Scheduler {
     if (request === undefined) return false;
     for (let tries = 0; tries < this.slots.length; tries++) {
       const slots = this.nextSlots();
-      const { type, deviceWrites } = operation;
-      const slot = slots.queue.submitChain(type, request.sector, request.segments, deviceWrites);
+      const slot = this.submit(slots.queue, operation, request);
+      if (slot === REFUSED) break;
       if (slot < 0) continue;
       slots.part[slot] = request.part;
       operation.submitted(request.part);
@@ -275,7 +286,19 @@ export class Scheduler {
       return true;
     }
     request.part.bounce?.release();
-    return false;
+    return operation.allSubmitted;
+  }
+
+  /** Returns the slot, -1 when there is no room, or `REFUSED` when only this operation cannot go on. */
+  private submit(queue: VirtioBlkQueue, operation: Operation, { sector, segments }: NextRequest): number {
+    try {
+      return queue.submitChain(operation.type, sector, segments, operation.deviceWrites);
+    } catch (error) {
+      if (!(error instanceof RangeError)) throw error;
+      // While it waited, its buffer was released or the disk became smaller.
+      operation.abort(error);
+      return REFUSED;
+    }
   }
 
   private becameIdle(): void {
