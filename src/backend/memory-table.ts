@@ -1,13 +1,12 @@
 /** The memory regions a front-end shares: mapped from its descriptors, and found by both of their addresses. */
 
-import { rangeError, VirtioError } from "../errors.js";
+import { VirtioError } from "../errors.js";
 import type { VhostUserRegion } from "../protocol/vhost-user.js";
 import { MemfdSeal, mapShared, memfdSeals, unmapShared } from "../sys/index.js";
 import { DeviceMemory } from "../virtqueue/device-memory.js";
 import type { RingAreaShape } from "../virtqueue/device.js";
 import type { RingArea } from "../virtqueue/device-ring.js";
 
-const PAGE_BYTES = 4096n;
 const LOW_HALF = 0xffff_ffffn;
 
 /** One region with its mapping. */
@@ -50,9 +49,6 @@ export class MemoryTable {
         "ERR_VIRTIO_MEMORY",
         "the front-end's memory can be shrunk under our hands; have it sealed (F_SEAL_SHRINK), or allow unsealed memory",
       );
-    }
-    if (region.mmapOffset % PAGE_BYTES !== 0n) {
-      throw rangeError("mmapOffset", `a multiple of ${PAGE_BYTES}`, region.mmapOffset);
     }
     // Beyond 2^53 these are inexact, and far outside of what mapShared accepts.
     const buffer = mapShared(fd, Number(region.size), { offset: Number(region.mmapOffset) });
@@ -98,15 +94,9 @@ export class MemoryTable {
   /**
    * Where an area of a ring lies, by its user address.
    *
-   * @throws VirtioError ERR_VIRTIO_PROTOCOL when it is not aligned, or not within one region.
+   * @throws VirtioError ERR_VIRTIO_PROTOCOL when it is not within one region, or not aligned there.
    */
   area(name: string, address: bigint, shape: RingAreaShape): RingArea {
-    if (address % BigInt(shape.align) !== 0n) {
-      throw new VirtioError(
-        "ERR_VIRTIO_PROTOCOL",
-        `the ${name} at 0x${address.toString(16)} is not at a multiple of ${shape.align}`,
-      );
-    }
     const lo = Number(address & LOW_HALF);
     const hi = Number(address >> 32n);
     const index = this.user.find(lo, hi, shape.size);
@@ -116,7 +106,14 @@ export class MemoryTable {
         `the ${name} of ${shape.size} bytes at 0x${address.toString(16)} is outside the shared memory`,
       );
     }
-    return { buffer: this.regions[index].buffer, offset: this.user.offset(index, lo, hi) };
+    const offset = this.user.offset(index, lo, hi);
+    if (offset % shape.align !== 0) {
+      throw new VirtioError(
+        "ERR_VIRTIO_PROTOCOL",
+        `the ${name} at 0x${address.toString(16)} is not at a multiple of ${shape.align} in its region`,
+      );
+    }
+    return { buffer: this.regions[index].buffer, offset };
   }
 
   /** Unmap everything. Idempotent. */

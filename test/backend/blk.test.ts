@@ -15,7 +15,7 @@ import {
 } from "../../src/protocol/index.js";
 import { VirtioFeature } from "../../src/virtqueue/index.js";
 import type { FrontEnd, Request } from "./front-end.js";
-import { turns } from "./front-end.js";
+import { GUEST, turns } from "./front-end.js";
 import { backendFor, frontEndFor, pattern } from "./support.js";
 
 const { EVENT_IDX, INDIRECT_DESC, RING_PACKED } = VirtioFeature;
@@ -126,6 +126,30 @@ for (const [format, features] of FORMATS) {
       }
     });
 
+    it("SPLIT-DEV-01 accepts a header in pieces that lie anywhere, and data and status in one element", async (t) => {
+      const { backend } = backendFor(t);
+      const front = frontEndFor(t, backend);
+      const ring = await front.start(features | ALL);
+      const data = pattern(512);
+      await ring.write(SECTORS - 1n, data);
+      const header = new Uint8Array(16);
+      new DataView(header.buffer).setBigUint64(8, SECTORS - 1n, true);
+      const pieces = [header.subarray(0, 4), header.subarray(4, 9), header.subarray(9)].map((bytes) => {
+        const at = ring.room(bytes.length + 64);
+        front.bytes.fill(0x77, at, at + bytes.length + 64);
+        front.bytes.set(bytes, at);
+        return { address: GUEST + BigInt(at), length: bytes.length, writable: false };
+      });
+      const at = ring.room(513);
+      const id = ring.driver.add([...pieces, { address: GUEST + BigInt(at), length: 513, writable: true }]);
+      ring.driver.publish();
+      ring.kick.signal();
+      const request = { id, status: () => front.bytes[at + 512], data: () => front.bytes.slice(at, at + 512) };
+      assert.equal(await ring.finished(request), 513);
+      assert.equal(request.status(), OK);
+      assert.deepEqual(request.data(), data);
+    });
+
     it("accepts requests in tables, if negotiated; without that a table breaks the ring", async (t) => {
       const { backend, errors } = backendFor(t);
       const ring = await frontEndFor(t, backend).start(features | ALL);
@@ -198,6 +222,7 @@ for (const [format, features] of FORMATS) {
       assert.equal(await run([0, 4]), 0);
       assert.equal(front.bytes[at + 35], IOERR);
       assert.equal(await run([16, 0]), 0);
+      assert.deepEqual(front.bytes.subarray(at, at + 16), new Uint8Array(16).fill(0xff)); // SPLIT-DEV-02, PACKED-DEV-03
       assert.equal((await ring.read(0n, 512)).status, OK);
     });
 
@@ -213,14 +238,15 @@ for (const [format, features] of FORMATS) {
     });
 
     it("BLK-DEV-16 a read-only disk offers RO, and answers writes with IOERR and stays as it is", async (t) => {
+      const reached: string[] = [];
       const ram = new RamStorage(1024 * 1024);
       ram.write(0, pattern(512));
       const storage: BlockStorage = {
         ...{ capacity: ram.capacity, readOnly: true, id: "read-only" },
         read: (offset, into) => ram.read(offset, into),
-        write: () => assert.fail("a write reached a read-only storage"),
+        write: () => void reached.push("write"),
         flush: () => undefined,
-        discard: () => assert.fail("a discard reached a read-only storage"),
+        discard: () => void reached.push("discard"),
         close: () => ram.close(),
       };
       const { backend } = backendFor(t, storage);
@@ -231,6 +257,7 @@ for (const [format, features] of FORMATS) {
       assert.equal((await ring.write(0n, new Uint8Array(512))).status, IOERR);
       assert.equal((await ring.segments(BlkRequestType.DISCARD, [0n, 1, 0])).status, UNSUPP);
       assert.deepEqual((await ring.read(0n, 512)).data, pattern(512));
+      assert.deepEqual(reached, []);
     });
 
     it("BLK-DEV-17 BLK-DEV-18 unknown flags, and unmap where it does not belong, are UNSUPP", async (t) => {
@@ -431,6 +458,112 @@ describe("the virtio-blk device", () => {
     await until(() => storage.calls.length === 1);
     storage.finish("write");
     assert.equal((await pending).status, OK);
+  });
+
+  it("limits the segments of a large disk", async (t) => {
+    const { backend } = backendFor(t, new RamStorage(2 ** 30));
+    const ring = await frontEndFor(t, backend).start(ALL);
+    for (const type of [BlkRequestType.DISCARD, BlkRequestType.WRITE_ZEROES, BlkRequestType.SECURE_ERASE]) {
+      assert.equal((await ring.segments(type, [0n, 2 ** 19, 0])).status, OK);
+      assert.equal((await ring.segments(type, [0n, 2 ** 19 + 1, 0])).status, IOERR);
+    }
+  });
+
+  it("BLK-DEV-21 writethrough waits for the flush of a storage that is asked without views, too", async (t) => {
+    const slow = new SlowStorage();
+    t.after(() => slow.release());
+    const log: string[] = [];
+    const storage: BlockStorage = {
+      capacity: slow.capacity,
+      read: () => undefined,
+      write: () => void log.push("write"),
+      readInto: () => undefined,
+      writeFrom: () => void log.push("writeFrom"),
+      flush: () => slow.flush(),
+    };
+    const { backend } = backendFor(t, storage);
+    const ring = await frontEndFor(t, backend).start(CONFIG_WCE);
+    const request = ring.request(BlkRequestType.OUT, 0n, { out: pattern(512) });
+    ring.kick.signal();
+    await until(() => slow.calls.length === 1);
+    assert.deepEqual(log, ["write"]);
+    assert.equal(ring.isFinished(request), false);
+    slow.finish("flush");
+    assert.equal(await ring.finished(request), 1);
+  });
+
+  it("answers a request in several pieces when the last piece is done, and fails it when any failed", async (t) => {
+    const storage = new SlowStorage();
+    t.after(() => storage.release());
+    const { backend } = backendFor(t, storage);
+    const front = frontEndFor(t, backend);
+    const ring = await front.start(SLOW);
+    const scattered = (): Request => {
+      const header = ring.room(16);
+      front.bytes.fill(0, header, header + 16);
+      const parts = [ring.room(1024), ring.room(1024), ring.room(1024)];
+      const status = ring.room(1);
+      front.bytes[status] = 0xff;
+      const id = ring.driver.add([
+        { address: GUEST + BigInt(header), length: 16, writable: false },
+        ...parts.map((at) => ({ address: GUEST + BigInt(at), length: 512, writable: true })),
+        { address: GUEST + BigInt(status), length: 1, writable: true },
+      ]);
+      ring.driver.publish();
+      ring.kick.signal();
+      return { id, status: () => front.bytes[status], data: () => new Uint8Array(0) };
+    };
+    for (const [order, failing] of [
+      [[0, 1, 2], -1],
+      [[2, 0, 1], -1],
+      [[1, 2, 0], 1],
+      [[0, 2, 1], 1],
+    ] as const) {
+      const request = scattered();
+      await until(() => storage.calls.length === 3);
+      const calls = storage.calls.splice(0);
+      assert.deepEqual(
+        calls.map(({ offset }) => offset),
+        [0, 512, 1024],
+      );
+      for (const [i, which] of order.entries()) {
+        calls[which].finish(which === failing ? new Error("on purpose") : undefined);
+        await turns(3);
+        if (i < 2) assert.equal(ring.isFinished(request), false, `answered after ${i + 1} of 3 pieces`);
+      }
+      assert.equal(await ring.finished(request), failing < 0 ? 1537 : 0);
+      assert.equal(request.status(), failing < 0 ? OK : IOERR);
+    }
+    // One piece is with the storage when the next is refused at once.
+    const read = storage.read.bind(storage);
+    storage.read = (offset, into) => {
+      if (offset > 0) throw new Error("on purpose");
+      return read(offset, into);
+    };
+    const request = scattered();
+    await until(() => storage.calls.length === 1);
+    await turns(3);
+    assert.equal(ring.isFinished(request), false);
+    storage.finish("read");
+    assert.equal(await ring.finished(request), 0);
+    assert.equal(request.status(), IOERR);
+  });
+
+  it("carries the segments of a request out one after the other, and stops at one that fails", async (t) => {
+    const storage = new SlowStorage();
+    t.after(() => storage.release());
+    const { backend } = backendFor(t, storage);
+    const ring = await frontEndFor(t, backend).start(SLOW);
+    for (const failing of [-1, 1]) {
+      const pending = ring.segments(BlkRequestType.WRITE_ZEROES, [0n, 1, 0], [8n, 1, 1], [16n, 1, 0]);
+      for (const i of [0, 1, 2]) {
+        await until(() => storage.calls.length === 1);
+        assert.equal(storage.calls[0].offset, i * 4096);
+        storage.finish("writeZeroes", i === failing ? new Error("on purpose") : undefined);
+        if (i === failing) break;
+      }
+      assert.equal((await pending).status, failing < 0 ? OK : IOERR);
+    }
   });
 
   it("a memory disk in writethrough mode answers at once", async (t) => {
