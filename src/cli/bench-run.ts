@@ -66,8 +66,9 @@ class Meter {
   isRunning = true;
   private readonly latency = new LatencyHistogram();
   private readonly job: BenchJob;
-  private time = 0;
-  /** Whether the next {@link now} looks at the clock. */
+  /** Milliseconds when the clock was looked at last. In an array: a number that a call returns would be allocated. */
+  readonly time = new Float64Array(1);
+  /** Whether the next {@link refresh} looks at the clock. */
   isStale = true;
   private isCounting = false;
   private rampEnd = 0;
@@ -81,29 +82,31 @@ class Meter {
 
   /** Begin the ramp. */
   start(): void {
-    this.rampEnd = this.now() + this.job.rampMs;
+    this.refresh();
+    this.rampEnd = this.time[0] + this.job.rampMs;
     this.forget();
   }
 
-  /** Milliseconds, as read first since the last {@link forget}. */
-  now(): number {
+  /** Look at the clock, unless that was done since the last {@link forget}. */
+  refresh(): void {
     if (this.isStale) this.look();
-    return this.time;
   }
 
-  /** The next {@link now} looks at the clock again. */
+  /** The next {@link refresh} looks at the clock again. */
   forget(): void {
     this.isStale = true;
   }
 
-  /** Count a request that was submitted at `since` and completed at `now`. */
-  completed(since: number, now: number): void {
-    if (this.isCounting) this.latency.record((now - since) * 1e6);
+  /** Count a request that was submitted at `since[at]` and completed at the time of the last look. */
+  completed(since: Float64Array, at: number): void {
+    if (!this.isCounting) return;
+    const ns = (this.time[0] - since[at]) * 1e6;
+    this.latency.record(ns < 2 ** 31 ? ns | 0 : ns); // a small integer needs no memory
   }
 
   /** @throws VirtioError ERR_VIRTIO_TIMEOUT when nothing has completed for long. */
   throwIfSilent(): void {
-    if (performance.now() - this.time < SILENCE_MS) return;
+    if (performance.now() - this.time[0] < SILENCE_MS) return;
     throw new VirtioError(
       "ERR_VIRTIO_TIMEOUT",
       `no request completed in ${SILENCE_MS} ms; see whether the device runs`,
@@ -117,16 +120,17 @@ class Meter {
   }
 
   private look(): void {
-    this.time = performance.now();
+    const now = performance.now();
+    this.time[0] = now;
     this.isStale = false;
-    if (this.isCounting && this.time >= this.begin + this.job.runMs) {
+    if (this.isCounting && now >= this.begin + this.job.runMs) {
       this.isCounting = false;
       this.isRunning = false;
-      this.end = this.time;
+      this.end = now;
       this.cpu = process.cpuUsage(this.cpu);
-    } else if (this.isRunning && !this.isCounting && this.rampEnd > 0 && this.time >= this.rampEnd) {
+    } else if (this.isRunning && !this.isCounting && this.rampEnd > 0 && now >= this.rampEnd) {
       this.isCounting = true;
-      this.begin = this.time;
+      this.begin = now;
       this.cpu = process.cpuUsage();
     }
   }
@@ -244,7 +248,8 @@ class CallbackRun {
       : this.queue.submitRead(sector, this.memory, part * blockSize, blockSize);
     if (slot < 0)
       throw rangeError("--iodepth", `at most ${this.active}, the ring has no room for more`, this.job.depth);
-    this.since[slot] = this.meter.now();
+    this.meter.refresh();
+    this.since[slot] = this.meter.time[0];
     this.part[slot] = part;
     this.active++;
   }
@@ -252,7 +257,8 @@ class CallbackRun {
   private complete(slot: number, status: number): void {
     this.active--;
     if (status !== 0) this.failedStatus = status;
-    this.meter.completed(this.since[slot], this.meter.now());
+    this.meter.refresh();
+    this.meter.completed(this.since, slot);
     if (this.meter.isRunning && this.failedStatus === 0) this.submit(this.part[slot]);
   }
 
@@ -273,18 +279,21 @@ async function runPromises(
   const { blockSize: length, isWrite } = job;
   const forget = (): void => meter.forget();
   // All that completes in the same turn of the event loop shares one look at the clock.
-  const now = (): number => {
+  const refresh = (): void => {
     if (meter.isStale && job.mode === "event") process.nextTick(forget);
-    return meter.now();
+    meter.refresh();
   };
+  const since = new Float64Array(job.depth);
   const loop = async (part: number): Promise<void> => {
     const offset = part * length;
     while (meter.isRunning) {
-      const since = now();
+      refresh();
+      since[part] = meter.time[0];
       const options = { position: targets.take() * length, offset, length };
       if (isWrite) await disk.write(memory, options);
       else await disk.read(memory, options);
-      meter.completed(since, now());
+      refresh();
+      meter.completed(since, part);
     }
   };
   let isDone = false;
