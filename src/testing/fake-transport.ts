@@ -69,9 +69,9 @@ export class FakeQueue {
     this.completion = completion;
   }
 
-  /** Take available requests and hold them; see `FakeDevice.take`. */
+  /** Take available requests and hold them; see `FakeDevice.take`. None once the transport is closed. */
   take(max?: number): FakeRequest[] {
-    return this.device.take(max);
+    return this.completion.fd < 0 ? [] : this.device.take(max);
   }
 
   /**

@@ -479,9 +479,10 @@ export class BlockDevice {
   }
 
   private checkTransfer(type: number, buffer: Memory, position: number, offset: number, length: number): void {
-    if (!(Number.isSafeInteger(offset) && offset >= 0 && offset + length <= buffer.length)) {
-      checkInteger("offset", offset, 0, buffer.length);
-      checkInteger("length", length, 1, buffer.length - offset);
+    const end = buffer.length;
+    if (!(Number.isSafeInteger(offset) && offset >= 0 && offset <= end && offset + length <= end)) {
+      checkInteger("offset", offset, 0, end);
+      checkInteger("length", length, 1, end - offset);
     }
     this.checkRange(type, position, length);
   }

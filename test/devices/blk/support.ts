@@ -130,7 +130,8 @@ export class CheckedDisk {
 
   constructor(config: BlkConfig, queueSize: number) {
     this.config = config;
-    this.bytes = pattern(Number(config.capacity) * 512, 9);
+    this.bytes = new Uint8Array(Number(config.capacity) * 512);
+    this.bytes.set(pattern(Math.min(this.bytes.length, 1 << 20), 9));
     this.maxElements = queueSize;
   }
 
