@@ -357,8 +357,7 @@ export class Session {
     const ring = this.ring(index);
     if (num > 1) throw refuse(`SET_VRING_ENABLE is 0 or 1, got ${num}`);
     ring.enabled = num === 1;
-    if (ring.enabled) this.wake(ring);
-    else this.poller.drop(ring);
+    this.wake(ring);
     return undefined;
   }
 

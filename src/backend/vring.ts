@@ -194,7 +194,7 @@ export class Vring implements Pollable, CompletionSink {
 
   process(limit: number): number {
     const { queue, executor, chain } = this;
-    if (queue === undefined || executor === undefined || this.broken) return 0;
+    if (queue === undefined || executor === undefined || !this.runnable) return 0;
     let count = 0;
     try {
       while (count < limit && queue.pop(chain)) {

@@ -197,7 +197,9 @@ describe("vhost-user back-end: messages", () => {
 
   for (let length = 1; length < 20; length++) {
     it(`is not disturbed by a client that hangs up after ${length} bytes of SET_FEATURES`, async (t) => {
-      const { backend, errors, front } = pair(t);
+      const { backend, errors } = backendFor(t);
+      const before = openFds();
+      const front = frontEndFor(t, backend);
       await front.askU64(R.GET_FEATURES);
       const fd = EventFd.create();
       front.sendBytes(encodeVhostUserMessage(R.SET_FEATURES, 1, new Uint8Array(8)).subarray(0, length), [fd.fd]);
@@ -205,18 +207,25 @@ describe("vhost-user back-end: messages", () => {
       front.close();
       await until(() => errors.length === 1);
       assert.match(errors[0].message, /hung up in the middle of/);
+      await until(() => openFds() === before);
       await frontEndFor(t, backend).askU64(R.GET_FEATURES);
     });
   }
 
   it("hangs up when descriptors come in the middle of a message", async (t) => {
-    const { front } = pair(t);
-    const bytes = encodeVhostUserMessage(R.SET_FEATURES, 1, new Uint8Array(8));
-    front.sendBytes(bytes.subarray(0, 14));
-    const fd = EventFd.create();
-    front.sendBytes(bytes.subarray(14), [fd.fd]);
-    fd.close();
-    await front.hungUp();
+    const { backend } = backendFor(t);
+    const bytes = encodeVhostUserMessage(R.SET_VRING_NUM, 1, vringStateCodec.encode({ index: 0, num: 8 }));
+    const before = openFds();
+    for (const length of [1, 11, 12, 13]) {
+      const front = frontEndFor(t, backend);
+      front.sendBytes(bytes.subarray(0, length));
+      const fd = EventFd.create();
+      front.sendBytes(bytes.subarray(length), [fd.fd]);
+      fd.close();
+      await front.hungUp();
+      front.close();
+      await until(() => openFds() === before);
+    }
   });
 
   it("a client that does not take its replies harms nobody, and the back-end can close", async (t) => {
