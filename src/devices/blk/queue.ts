@@ -101,7 +101,7 @@ export class VirtioBlkQueue {
    * written, others unknown) and the bytes that the device says it wrote, the status among them.
    */
   onComplete: (slot: number, status: number, written: number) => void = () => {};
-  /** Called once when the queue breaks while waiting for events; `poll` throws instead. */
+  /** Called once when the queue breaks while waiting for events (`poll` throws instead), or its device has ended. */
   onError: (error: Error) => void = () => {};
 
   private readonly queue: Virtqueue;
@@ -115,6 +115,8 @@ export class VirtioBlkQueue {
   private notifier: QueueNotifier | undefined;
   private watcher: FdWatcher | undefined;
   private currentMode: CompletionMode = "poll";
+  private holdsProcess = false;
+  private isReported = false;
   private resume: NodeJS.Immediate | undefined;
   private readonly wakeAgain = (): void => this.wake();
 
@@ -182,12 +184,13 @@ export class VirtioBlkQueue {
       return;
     }
     this.watcher = new FdWatcher(this.notifier.completion.fd, { drain: true }, () => this.wake());
-    this.watcher.unref();
+    if (!this.holdsProcess) this.watcher.unref();
     if (this.queue.enableNotifications()) this.resume = setImmediate(this.wakeAgain);
   }
 
-  /** Let a waiting queue hold the process alive, or not. It does not at first. */
+  /** Let a queue that waits for events hold the process alive, or not. It does not at first. */
   set keepsAlive(yes: boolean) {
+    this.holdsProcess = yes;
     if (yes) this.watcher?.ref();
     else this.watcher?.unref();
   }
@@ -294,6 +297,13 @@ export class VirtioBlkQueue {
     this.stop();
   }
 
+  /** Tell the owner that the queue is of no use any more; once. */
+  report(error: Error): void {
+    if (this.isReported) return;
+    this.isReported = true;
+    this.onError(error);
+  }
+
   /** Stop listening for completions. */
   stop(): void {
     this.mode = "poll";
@@ -378,7 +388,7 @@ export class VirtioBlkQueue {
     } catch (error) {
       if (!(error instanceof VirtioError && error.code === "ERR_VIRTIO_QUEUE_BROKEN")) throw error;
       this.stop();
-      this.onError(error);
+      this.report(error);
       return 0;
     }
   }

@@ -210,7 +210,7 @@ export class Scheduler {
     }
     for (const queue of this.taken) {
       queue.fail(error);
-      queue.onError(error);
+      queue.report(error);
     }
     for (const operation of this.waiting.splice(0)) operation.abort(error);
     this.outstanding = 0;

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import type { Memory, TransferOptions } from "../../../src/devices/blk/index.js";
+import type { Memory } from "../../../src/devices/blk/index.js";
 import { VirtioError } from "../../../src/errors.js";
 import type { DeviceBuffer } from "../../../src/memory/index.js";
 import { type BlkConfig, BlkFeature } from "../../../src/protocol/blk.js";
@@ -31,48 +31,47 @@ async function openChecked(
 }
 
 describe("which transfers are refused", () => {
-  const wrong: readonly [what: string, buffer: unknown, options: Record<string, unknown> | undefined, name: string][] =
-    [
-      ["BLK-DRV-13 length 511", new Uint8Array(511), {}, "length"],
-      ["BLK-DRV-13 length 513", new Uint8Array(513), {}, "length"],
-      ["length 0", new Uint8Array(0), {}, "length"],
-      ["length 0 as option", new Uint8Array(512), { length: 0 }, "length"],
-      ["an odd length as option", new Uint8Array(1024), { length: 700 }, "length"],
-      ["a negative length", new Uint8Array(512), { length: -512 }, "length"],
-      ["a length that is no number", new Uint8Array(512), { length: Number.NaN }, "length"],
-      ["a length beyond the buffer", new Uint8Array(512), { length: 1024 }, "length"],
-      ["a length that is a string", new Uint8Array(512), { length: "512" }, "length"],
-      ["what is left of the buffer is odd", new Uint8Array(1024), { offset: 1 }, "length"],
-      ["an offset beyond the buffer", new Uint8Array(512), { offset: 513 }, "offset"],
-      ["a negative offset", new Uint8Array(512), { offset: -512, length: 512 }, "offset"],
-      ["a fractional offset", new Uint8Array(1024), { offset: 0.5, length: 512 }, "offset"],
-      ["an offset that is a string", new Uint8Array(1024), { offset: "0", length: 512 }, "offset"],
-      ["a position within a sector", new Uint8Array(512), { position: 256 }, "position"],
-      ["a negative position", new Uint8Array(512), { position: -512 }, "position"],
-      ["a fractional position", new Uint8Array(512), { position: 0.5 }, "position"],
-      ["a position that is a string", new Uint8Array(512), { position: "0" }, "position"],
-      ["a position that is a bigint", new Uint8Array(512), { position: 0n }, "position"],
-      ["BLK-DRV-09 one sector beyond the end", new Uint8Array(512), { position: CAPACITY }, "position"],
-      ["BLK-DRV-09 across the end", new Uint8Array(1024), { position: CAPACITY - 512 }, "position"],
-      ["BLK-DRV-09 more than the disk", new Uint8Array(CAPACITY + 512), {}, "position"],
-      ["BLK-DRV-09 at 2^53 - 512", new Uint8Array(512), { position: 2 ** 53 - 512 }, "position"],
-      ["BLK-DRV-09 at 2^53", new Uint8Array(512), { position: 2 ** 53 }, "position"],
-      ["BLK-DRV-09 at 2^64 - 512", new Uint8Array(512), { position: 2 ** 64 - 512 }, "position"],
-      ["BLK-DRV-09 at infinity", new Uint8Array(512), { position: Number.POSITIVE_INFINITY }, "position"],
-      ["no buffer", undefined, {}, "buffer"],
-      ["null", null, {}, "buffer"],
-      ["an ArrayBuffer", new ArrayBuffer(512), {}, "buffer"],
-      ["a string", "x".repeat(512), {}, "buffer"],
-      ["an array", Array.from({ length: 512 }, () => 0), {}, "buffer"],
-      ["a misspelled option", new Uint8Array(512), { Position: 4096 }, "options"],
-      ["an option of another library", new Uint8Array(512), { offset: 0, sector: 8 }, "options"],
-      ["a signal that is none", new Uint8Array(512), { signal: {} }, "signal"],
-    ];
+  const wrong: readonly [what: string, buffer: unknown, options: Record<string, unknown>, name: string][] = [
+    ["BLK-DRV-13 length 511", new Uint8Array(511), {}, "length"],
+    ["BLK-DRV-13 length 513", new Uint8Array(513), {}, "length"],
+    ["length 0", new Uint8Array(0), {}, "length"],
+    ["length 0 as option", new Uint8Array(512), { length: 0 }, "length"],
+    ["an odd length as option", new Uint8Array(1024), { length: 700 }, "length"],
+    ["a negative length", new Uint8Array(512), { length: -512 }, "length"],
+    ["a length that is no number", new Uint8Array(512), { length: Number.NaN }, "length"],
+    ["a length beyond the buffer", new Uint8Array(512), { length: 1024 }, "length"],
+    ["a length that is a string", new Uint8Array(512), { length: "512" }, "length"],
+    ["what is left of the buffer is odd", new Uint8Array(1024), { offset: 1 }, "length"],
+    ["an offset beyond the buffer", new Uint8Array(512), { offset: 513 }, "offset"],
+    ["a negative offset", new Uint8Array(512), { offset: -512, length: 512 }, "offset"],
+    ["a fractional offset", new Uint8Array(1024), { offset: 0.5, length: 512 }, "offset"],
+    ["an offset that is a string", new Uint8Array(1024), { offset: "0", length: 512 }, "offset"],
+    ["a position within a sector", new Uint8Array(512), { position: 256 }, "position"],
+    ["a negative position", new Uint8Array(512), { position: -512 }, "position"],
+    ["a fractional position", new Uint8Array(512), { position: 0.5 }, "position"],
+    ["a position that is a string", new Uint8Array(512), { position: "0" }, "position"],
+    ["a position that is a bigint", new Uint8Array(512), { position: 0n }, "position"],
+    ["BLK-DRV-09 one sector beyond the end", new Uint8Array(512), { position: CAPACITY }, "position"],
+    ["BLK-DRV-09 across the end", new Uint8Array(1024), { position: CAPACITY - 512 }, "position"],
+    ["BLK-DRV-09 more than the disk", new Uint8Array(CAPACITY + 512), {}, "position"],
+    ["BLK-DRV-09 at 2^53 - 512", new Uint8Array(512), { position: 2 ** 53 - 512 }, "position"],
+    ["BLK-DRV-09 at 2^53", new Uint8Array(512), { position: 2 ** 53 }, "position"],
+    ["BLK-DRV-09 at 2^64 - 512", new Uint8Array(512), { position: 2 ** 64 - 512 }, "position"],
+    ["BLK-DRV-09 at infinity", new Uint8Array(512), { position: Number.POSITIVE_INFINITY }, "position"],
+    ["no buffer", undefined, {}, "buffer"],
+    ["null", null, {}, "buffer"],
+    ["an ArrayBuffer", new ArrayBuffer(512), {}, "buffer"],
+    ["a string", "x".repeat(512), {}, "buffer"],
+    ["an array", Array.from({ length: 512 }, () => 0), {}, "buffer"],
+    ["a misspelled option", new Uint8Array(512), { Position: 4096 }, "options"],
+    ["an option of another library", new Uint8Array(512), { offset: 0, sector: 8 }, "options"],
+    ["a signal that is none", new Uint8Array(512), { signal: {} }, "signal"],
+  ];
   for (const [what, buffer, options, name] of wrong) {
     test(`${what}: "${name}"`, async (t) => {
       const bench = await openFake(t);
-      await assert.rejects(bench.disk.read(buffer as Memory, options as TransferOptions), refused(name));
-      await assert.rejects(bench.disk.write(buffer as Memory, options as TransferOptions), refused(name));
+      await assert.rejects(bench.disk.read(buffer as Memory, options), refused(name));
+      await assert.rejects(bench.disk.write(buffer as Memory, options), refused(name));
       assert.deepEqual(await bench.take(), [], "the device heard nothing of it");
       assert.equal(bench.disk.pending, 0);
     });
