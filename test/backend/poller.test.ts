@@ -105,10 +105,8 @@ describe("the poller of a back-end", () => {
     const ring = new FakeRing();
     ring.busy = true;
     poller.wake(ring);
-    await turns(1);
-    const { looks } = ring;
-    await turns(1);
-    assert.ok(ring.looks - looks <= 1);
+    await turns(5);
+    assert.ok(ring.looks >= 3 && ring.looks <= 6, `${ring.looks} looks in 5 turns`);
     poller.drop(ring);
     poller.drop(ring);
   });
