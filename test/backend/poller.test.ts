@@ -104,6 +104,7 @@ describe("the poller of a back-end", () => {
     const poller = new Poller();
     const ring = new FakeRing();
     ring.busy = true;
+    ring.work = Number.POSITIVE_INFINITY;
     poller.wake(ring);
     await turns(5);
     assert.ok(ring.looks >= 3 && ring.looks <= 6, `${ring.looks} looks in 5 turns`);

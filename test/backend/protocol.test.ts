@@ -219,6 +219,7 @@ describe("vhost-user back-end: messages", () => {
     for (const length of [1, 11, 12, 13]) {
       const front = frontEndFor(t, backend);
       front.sendBytes(bytes.subarray(0, length));
+      await turns(20); // in one piece nobody could tell
       const fd = EventFd.create();
       front.sendBytes(bytes.subarray(length), [fd.fd]);
       fd.close();
