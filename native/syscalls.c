@@ -21,7 +21,6 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -564,17 +563,12 @@ static napi_value ioctl_(napi_env env, const napi_value *args) {
   return from_result(env, result);
 }
 
-/* setParentDeathSignal(signal): 0 */
-static napi_value set_parent_death_signal_(napi_env env, const napi_value *args) {
-  return from_result(env, prctl(PR_SET_PDEATHSIG, (unsigned long)to_int(env, args[0])));
-}
-
 static const struct named_function functions[] = {
     {"memfdCreate", memfd_create_}, {"ftruncate", ftruncate_}, {"fcntl", fcntl_}, {"fallocate", fallocate_},
     {"mmap", mmap_}, {"munmap", munmap_}, {"eventfd", eventfd_}, {"drain", drain_}, {"watch", watch_},
     {"watchRef", watch_ref_}, {"watchClose", watch_close_}, {"connect", connect_}, {"listen", listen_},
     {"accept", accept_}, {"socketpair", socketpair_}, {"sendmsg", sendmsg_}, {"recvmsg", recvmsg_}, {"close", close_},
-    {"ioctl", ioctl_}, {"setParentDeathSignal", set_parent_death_signal_},
+    {"ioctl", ioctl_},
 };
 
 static bool export_function(napi_env env, napi_value exports, const char *name, napi_callback callback,

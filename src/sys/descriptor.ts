@@ -1,7 +1,5 @@
-/** System calls on any descriptor, and the one on the process itself. */
+/** System calls on any descriptor. */
 
-import { constants } from "node:os";
-import process from "node:process";
 import { checkInteger, rangeError, typeError } from "../errors.js";
 import { systemError } from "./errno.js";
 import { native } from "./native.js";
@@ -69,20 +67,4 @@ export function fallocate(fd: number, mode: keyof typeof FALLOCATE_MODES, offset
   if (result < 0) {
     throw systemError(result, "fallocate", `${mode} of ${length} bytes at ${offset} of descriptor ${fd}`);
   }
-}
-
-/**
- * Make the kernel kill this process when the thread that started it ends. A parent that died before this call is
- * noticed by its id.
- *
- * @param parentPid the id of the process that started this one, handed over by it. Default: the parent at the
- *   time of the call, which does not notice one that died before.
- * @throws VirtioError ERR_VIRTIO_SYSCALL when the kernel refuses.
- */
-export function dieWithParent(parentPid: number = process.ppid): void {
-  checkInteger("parentPid", parentPid, 0, MAX_FD);
-  const result = native().setParentDeathSignal(constants.signals.SIGKILL);
-  if (result < 0) throw systemError(result, "prctl", "asking to die with the parent");
-  // The signal is only sent for a death after prctl; process.ppid asks the kernel each time.
-  if (process.ppid !== parentPid) process.kill(process.pid, "SIGKILL");
 }

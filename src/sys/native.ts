@@ -41,7 +41,6 @@ export interface NativeBinding {
   recvmsg(fd: number, into: Uint8Array, fds: Int32Array): number;
   close(fd: number): number;
   ioctl(fd: number, request: number, argument: number | Uint8Array): number;
-  setParentDeathSignal(signal: number): number;
 }
 
 /** The package's root, seen from dist/src/sys/native.js. */

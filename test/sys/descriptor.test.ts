@@ -1,11 +1,9 @@
-/** Requests to devices, ranges of files, and a child that dies with its parent. */
+/** Requests to devices, and ranges of files. */
 
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
 import { closeSync, fstatSync, mkdtempSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { constants, endianness, tmpdir } from "node:os";
 import { join } from "node:path";
-import process from "node:process";
 import test from "node:test";
 import {
   closeFd,
@@ -17,7 +15,6 @@ import {
   unmapShared,
   sendMessage,
 } from "../../src/sys/index.js";
-import { runChild, SYS } from "./helpers.js";
 
 const { errno } = constants;
 
@@ -112,52 +109,4 @@ test("fallocate refuses what cannot be", () => {
   assert.throws(() => fallocate(fd, "punchHole", 0, 0), refused);
   closeFd(fd);
   assert.throws(() => fallocate(fd, "punchHole", 0, 1), { errno: errno.EBADF, syscall: "fallocate" });
-});
-
-test("a process that asked to die with its parent does", { timeout: 30_000 }, async () => {
-  // The child holds our pipe, so the pipe's end tells that both are gone.
-  const child = `
-    import { dieWithParent } from ${JSON.stringify(SYS)};
-    dieWithParent(Number(process.env.PARENT));
-    setTimeout(() => console.log("outlived"), 20_000);
-    console.log("ready");
-  `;
-  const parent = `
-    import { spawn } from "node:child_process";
-    spawn(process.execPath, ["--input-type=module", "-e", ${JSON.stringify(child)}],
-      { stdio: "inherit", env: { ...process.env, PARENT: String(process.pid) } });
-  `;
-  const running = spawn(process.execPath, ["--input-type=module", "-e", parent], {
-    stdio: ["ignore", "pipe", "inherit"],
-  });
-  let output = "";
-  for await (const chunk of running.stdout) {
-    output += String(chunk);
-    if (output === "ready\n") running.kill("SIGKILL");
-  }
-  assert.equal(output, "ready\n");
-});
-
-test("a process whose parent is gone already dies at once", () => {
-  const child = runChild(`
-    import { dieWithParent } from ${JSON.stringify(SYS)};
-    dieWithParent(${process.ppid});
-    console.log("alive");
-  `);
-  assert.equal(child.signal, "SIGKILL");
-  assert.equal(child.stdout, "");
-});
-
-test("without an id the parent of the moment is taken", () => {
-  const child = runChild(`
-    import { dieWithParent } from ${JSON.stringify(SYS)};
-    dieWithParent();
-    console.log("alive");
-  `);
-  assert.equal(child.stdout, "alive\n", child.stderr);
-  const refused = runChild(`
-    import { dieWithParent } from ${JSON.stringify(SYS)};
-    dieWithParent(-1);
-  `);
-  assert.match(refused.stderr, /ERR_VIRTIO_ARGUMENT/);
 });
