@@ -20,7 +20,8 @@ import { type BlockInfo, describeDevice } from "./info.js";
 import { negotiateBlk, readBlkConfig, startBlkQueues } from "./negotiate.js";
 import { ControlOperation, type Memory, stretchOf, TransferOperation } from "./operation.js";
 import { type BlockRange, OPEN_BLOCK_OPTIONS, type OpenBlockOptions, type TransferOptions } from "./options.js";
-import type { CompletionMode, VirtioBlkQueue } from "./queue.js";
+import type { CompletionMode } from "../completion.js";
+import type { VirtioBlkQueue } from "./queue.js";
 import { discardRequests, type SegmentLimits } from "./ranges.js";
 import { type ReadResult, Scheduler, type WriteResult } from "./scheduler.js";
 
@@ -544,7 +545,8 @@ function checkOpenOptions(options: OpenBlockOptions): void {
   if (typeof options !== "object" || options === null) throw typeError("options", "an object", options);
   checkOptions("openBlock", options, OPEN_BLOCK_OPTIONS);
   const { mode = "event", queues = 1, queueSize, capacity } = options;
-  if (mode !== "event" && mode !== "poll") throw rangeError("mode", '"event" or "poll"', mode);
+  if (mode !== "hybrid" && mode !== "event" && mode !== "poll")
+    throw rangeError("mode", '"hybrid", "event" or "poll"', mode);
   checkInteger("queues", queues, 1, 65536);
   if (queueSize !== undefined) checkInteger("queueSize", queueSize, 3, 32768);
   if (capacity !== undefined) checkInteger("capacity", capacity, 0);

@@ -5,5 +5,6 @@ export type { BlockInfo, CacheMode } from "./info.js";
 export type { BlkLimits } from "./limits.js";
 export type { Memory } from "./operation.js";
 export type { BlockRange, OpenBlockOptions, TransferOptions } from "./options.js";
-export { type CompletionMode, type DataSegment, VirtioBlkQueue, type VirtioBlkQueueOptions } from "./queue.js";
+export type { CompletionMode } from "../completion.js";
+export { type DataSegment, VirtioBlkQueue, type VirtioBlkQueueOptions } from "./queue.js";
 export type { ReadResult, WriteResult } from "./scheduler.js";

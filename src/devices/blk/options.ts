@@ -1,7 +1,7 @@
 /** What can be asked for when a block device is opened, and what its calls accept. */
 
 import type { WaitOptions } from "../../transports/transport.js";
-import type { CompletionMode } from "./queue.js";
+import type { CompletionMode } from "../completion.js";
 
 /** Options of `openBlock` and `BlockDevice.open`. */
 export interface OpenBlockOptions extends WaitOptions {

@@ -9,7 +9,6 @@ import {
   BlkRequestType,
   SECTOR_SIZE,
 } from "../../protocol/blk.js";
-import { FdWatcher } from "../../sys/index.js";
 import type { QueueNotifier, QueueSetup } from "../../transports/transport.js";
 import {
   DESC_SIZE,
@@ -19,6 +18,7 @@ import {
   Virtqueue,
   VirtqueueLayout,
 } from "../../virtqueue/index.js";
+import { type CompletionMode, CompletionWatch } from "../completion.js";
 import type { BlkLimits } from "./limits.js";
 
 /** A stretch of a lent buffer: one data element, or several when the device's `size_max` is smaller. */
@@ -47,9 +47,6 @@ export interface VirtioBlkQueueOptions {
   readonly memory: { readonly buffer: ArrayBuffer; readonly offset: number; readonly iova: number };
 }
 
-/** How a queue learns of completions: by notifications on the event loop, or by calls of `poll` alone. */
-export type CompletionMode = "event" | "poll";
-
 // struct virtio_blk_req around its data, in the slot's request memory: header @0, status @16. Half a cache
 // line each, so that two requests share one line and none straddles two.
 const REQUEST_SIZE = 32;
@@ -59,8 +56,6 @@ const REQUEST = { size: REQUEST_SIZE, align: 16 } as const;
 const FRAME = { headerLength: BLK_HEADER_SIZE, trailerOffset: STATUS_OFFSET, trailerLength: BLK_STATUS_SIZE } as const;
 /** Elements of the shortest request with data: header, data, status. */
 const MIN_ELEMENTS = 3;
-/** Completions handled by one turn of the event loop, in queue sizes, before others get theirs. */
-const TURN_BUDGET = 4;
 
 /**
  * A queue that speaks virtio-blk. `submit…` writes a request and returns its slot, `kick` makes all
@@ -112,13 +107,9 @@ export class VirtioBlkQueue {
   private readonly types: Uint8Array;
   private readonly lent: (DeviceBuffer | undefined)[];
   private readonly lentMore: (readonly DeviceBuffer[] | undefined)[];
+  private readonly watch: CompletionWatch;
   private notifier: QueueNotifier | undefined;
-  private watcher: FdWatcher | undefined;
-  private currentMode: CompletionMode = "poll";
-  private holdsProcess = false;
   private isReported = false;
-  private resume: NodeJS.Immediate | undefined;
-  private readonly wakeAgain = (): void => this.wake();
 
   /** Bytes of device memory that a queue needs, 16-aligned; see `VirtioBlkQueueOptions.memory`. */
   static bytesNeeded(options: Pick<VirtioBlkQueueOptions, "queueSize" | "features" | "limits">): number {
@@ -150,6 +141,11 @@ export class VirtioBlkQueue {
     this.types = new Uint8Array(queueSize);
     this.lent = new Array<DeviceBuffer | undefined>(queueSize).fill(undefined);
     this.lentMore = new Array<readonly DeviceBuffer[] | undefined>(queueSize).fill(undefined);
+    this.watch = new CompletionWatch(
+      this.queue,
+      (limit) => this.poll(limit),
+      (error) => this.report(error),
+    );
   }
 
   /** Requests submitted and not yet completed. */
@@ -165,34 +161,16 @@ export class VirtioBlkQueue {
   /** Begin to use the started queue; called by the device that made it. */
   start(notifier: QueueNotifier, mode: CompletionMode): void {
     this.notifier = notifier;
-    this.mode = mode;
+    this.watch.start(notifier.completion, mode);
   }
 
   /** How completions are learnt of; may be switched at any time. */
   get mode(): CompletionMode {
-    return this.currentMode;
+    return this.watch.mode;
   }
 
   set mode(mode: CompletionMode) {
-    this.currentMode = mode;
-    this.watcher?.close();
-    this.watcher = undefined;
-    clearImmediate(this.resume);
-    this.resume = undefined;
-    if (mode === "poll" || this.notifier === undefined) {
-      this.queue.disableNotifications();
-      return;
-    }
-    this.watcher = new FdWatcher(this.notifier.completion.fd, { drain: true }, () => this.wake());
-    if (!this.holdsProcess) this.watcher.unref();
-    if (this.queue.enableNotifications()) this.resume = setImmediate(this.wakeAgain);
-  }
-
-  /** Let a queue that waits for events hold the process alive, or not. It does not at first. */
-  set keepsAlive(yes: boolean) {
-    this.holdsProcess = yes;
-    if (yes) this.watcher?.ref();
-    else this.watcher?.unref();
+    this.watch.mode = mode;
   }
 
   /**
@@ -263,6 +241,7 @@ export class VirtioBlkQueue {
   /** Make all submitted requests visible to the device and notify it if it wants that. */
   kick(): void {
     if (this.queue.publish()) this.notifier?.notify(this.queue.notificationData);
+    this.watch.kicked();
   }
 
   /**
@@ -286,6 +265,11 @@ export class VirtioBlkQueue {
     return count;
   }
 
+  /** In mode `"hybrid"`: look for completions right now, within this turn's share of time. */
+  lookNow(): void {
+    this.watch.lookNow();
+  }
+
   /** Whether a completed request waits to be reaped. */
   hasCompleted(): boolean {
     return this.queue.hasUsed();
@@ -306,7 +290,7 @@ export class VirtioBlkQueue {
 
   /** Stop listening for completions. */
   stop(): void {
-    this.mode = "poll";
+    this.watch.stop();
     this.notifier = undefined;
   }
 
@@ -363,33 +347,6 @@ export class VirtioBlkQueue {
       const last = this.capacity - length / SECTOR_SIZE;
       const room = last < 0 ? `nothing: the disk has ${this.capacity} sectors` : `0 to ${last}`;
       throw rangeError("sector", room, sector);
-    }
-  }
-
-  /** A notification came, or a turn was given up: reap until nothing is left, then ask for the next one. */
-  private wake(): void {
-    clearImmediate(this.resume);
-    // Whatever happens below, a budget that is spent or a callback that throws, the rest is looked after.
-    this.resume = setImmediate(this.wakeAgain);
-    for (let rest = TURN_BUDGET * this.queueSize; rest > 0; ) {
-      rest -= this.reap(rest);
-      if (rest > 0 && (this.watcher === undefined || !this.queue.enableNotifications())) {
-        clearImmediate(this.resume);
-        this.resume = undefined;
-        return;
-      }
-    }
-  }
-
-  /** `poll` for the event loop: a queue that breaks is reported and stopped. */
-  private reap(limit: number): number {
-    try {
-      return this.poll(limit);
-    } catch (error) {
-      if (!(error instanceof VirtioError && error.code === "ERR_VIRTIO_QUEUE_BROKEN")) throw error;
-      this.stop();
-      this.report(error);
-      return 0;
     }
   }
 }

@@ -24,7 +24,6 @@ async function openQueue(
   const bench = await openFake(t, { ...options, open: { mode: "poll", ...options.open } });
   const queue = bench.disk.takeQueue();
   const done: Done[] = [];
-  queue.keepsAlive = true;
   queue.onComplete = (slot, status, written) => done.push({ slot, status, written });
   return { bench, queue, done, take: () => takeBlk(bench.queue) };
 }

@@ -1,0 +1,221 @@
+/** How a driver learns of completions: by notifications, by looking for a while before it sleeps, or by being asked. */
+
+import { performance } from "node:perf_hooks";
+import { VirtioError } from "../errors.js";
+import { type EventFd, FdWatcher } from "../sys/index.js";
+import type { Virtqueue } from "../virtqueue/index.js";
+
+/**
+ * `"event"`: sleep until the device notifies. `"hybrid"`: look for a short while first, as long as that has been
+ * paying off. `"poll"`: nothing by itself; the owner polls.
+ */
+export type CompletionMode = "hybrid" | "event" | "poll";
+
+/** Completions handled by one turn of the event loop, in queue sizes, before others get theirs. */
+const TURN_REQUESTS = 4;
+/** Milliseconds that one turn of the event loop may look for completions. */
+const TURN_MS = 0.05;
+/** Looks between two readings of the clock, which costs as much as several looks. */
+const LOOKS_PER_CLOCK = 32;
+/** Looks that microtasks may take between two turns of the event loop: well below a millisecond. */
+const TURN_LOOKS = 20_000;
+/** How many looks fit into a millisecond, roughly: the clock costs too much to be read for each. */
+const LOOKS_PER_MS = 60_000;
+/** What a completion counts for among those looks: it leads to work of its own. */
+const LOOKS_PER_REQUEST = 20;
+/** Bounds of the time without a completion after which looking gives way to sleep, in milliseconds. */
+const MIN_WINDOW_MS = 0.02;
+const MAX_WINDOW_MS = 0.2;
+
+/**
+ * Watches one queue. Looking costs processor time, waking up costs latency (tens of microseconds in a virtual
+ * machine), so the time to look adapts as in the kernel's halt polling: a notification soon after falling asleep
+ * doubles it, one long after halves it. Each turn of the event loop is bounded, so that everything else goes on.
+ */
+export class CompletionWatch {
+  private readonly queue: Virtqueue;
+  private readonly reap: (limit: number) => number;
+  private readonly onError: (error: VirtioError) => void;
+  private completion: EventFd | undefined;
+  private watcher: FdWatcher | undefined;
+  private currentMode: CompletionMode = "poll";
+  private next: NodeJS.Immediate | undefined;
+  private asleep = false;
+  private holdsProcess = false;
+  private reaping = false;
+  private looksLeft = TURN_LOOKS;
+  private window = MIN_WINDOW_MS;
+  private lastUseful = 0;
+  private asleepSince = 0;
+  /** Something completed since the clock was read last. */
+  private useful = false;
+  private readonly turnAgain = (): void => this.turn();
+
+  /**
+   * @param reap - reaps up to `limit` completions; returns how many.
+   * @param onError - called when the queue breaks while nobody polls it.
+   */
+  constructor(queue: Virtqueue, reap: (limit: number) => number, onError: (error: VirtioError) => void) {
+    this.queue = queue;
+    this.reap = reap;
+    this.onError = onError;
+  }
+
+  /** Begin, now that the device runs. */
+  start(completion: EventFd, mode: CompletionMode): void {
+    this.completion = completion;
+    this.mode = mode;
+  }
+
+  /** Watch no more. */
+  stop(): void {
+    this.mode = "poll";
+    this.completion = undefined;
+  }
+
+  get mode(): CompletionMode {
+    return this.currentMode;
+  }
+
+  set mode(mode: CompletionMode) {
+    this.currentMode = mode;
+    this.watcher?.close();
+    this.watcher = undefined;
+    this.cancelTurn();
+    this.asleep = false;
+    if (mode === "poll" || this.completion === undefined) {
+      this.queue.disableNotifications();
+      return;
+    }
+    this.watcher = new FdWatcher(this.completion.fd, { drain: true }, () => this.turn());
+    this.watcher.unref();
+    this.holdsProcess = false;
+    if (mode === "event") this.asleep = !this.queue.enableNotifications();
+    if (this.asleep) this.holdProcess(this.queue.inFlight > 0);
+    else this.next = setImmediate(this.turnAgain);
+  }
+
+  /** Requests were made available. */
+  kicked(): void {
+    if (this.reaping || this.next !== undefined) return;
+    if (this.currentMode === "hybrid" && !this.asleep) {
+      this.lastUseful = performance.now();
+      this.next = setImmediate(this.turnAgain);
+    } else if (!this.holdsProcess && this.queue.inFlight > 0) {
+      this.holdProcess(true);
+    }
+  }
+
+  /**
+   * In mode `"hybrid"` look right now, until something completes or this turn's share of looking is used up. For
+   * callers at the end of a microtask: what completes settles promises, whose reactions come before the next turn.
+   */
+  lookNow(): void {
+    if (this.currentMode !== "hybrid" || this.asleep || this.reaping) return;
+    let idle = this.window * LOOKS_PER_MS;
+    while (idle-- > 0 && this.looksLeft > 0 && this.queue.inFlight > 0) {
+      const count = this.reapSafely(TURN_REQUESTS * this.queue.layout.queueSize);
+      this.looksLeft -= 1 + count * LOOKS_PER_REQUEST;
+      if (count > 0) {
+        this.useful = true;
+        return;
+      }
+    }
+  }
+
+  /** A notification came, or the event loop is round again. */
+  private turn(): void {
+    this.cancelTurn();
+    // Whatever happens below, a spent budget or a callback that throws, the rest is looked after.
+    this.next = setImmediate(this.turnAgain);
+    if (this.currentMode === "hybrid") this.look();
+    else this.drain();
+  }
+
+  /** Mode `"event"`: reap until nothing is left, then ask for the next notification. */
+  private drain(): void {
+    for (let rest = TURN_REQUESTS * this.queue.layout.queueSize; rest > 0; ) {
+      rest -= this.reapSafely(rest);
+      if (rest > 0 && (this.watcher === undefined || !this.queue.enableNotifications())) {
+        this.cancelTurn();
+        this.holdProcess(this.queue.inFlight > 0);
+        return;
+      }
+    }
+  }
+
+  /** Mode `"hybrid"`: reap and look again until the turn is over, nothing is in flight, or looking does not pay. */
+  private look(): void {
+    const begin = performance.now();
+    if (this.asleep) this.wakeUp(begin);
+    if (this.useful) {
+      this.useful = false;
+      this.lastUseful = begin;
+    }
+    this.looksLeft = TURN_LOOKS;
+    for (let looks = 1; ; looks++) {
+      const count = this.reapSafely(TURN_REQUESTS * this.queue.layout.queueSize);
+      if (this.watcher === undefined || this.queue.inFlight === 0) {
+        this.cancelTurn();
+        this.holdProcess(false);
+        return;
+      }
+      // What completed leads to work in microtasks, and that comes first.
+      if (count > 0) break;
+      if (looks % LOOKS_PER_CLOCK !== 0) continue;
+      const now = performance.now();
+      if (now - this.lastUseful > this.window && this.fallAsleep(now)) return;
+      if (now - begin > TURN_MS) return;
+    }
+    this.lastUseful = performance.now();
+  }
+
+  private wakeUp(now: number): void {
+    this.asleep = false;
+    this.queue.disableNotifications();
+    this.lastUseful = now;
+    const soon = now - this.asleepSince < MAX_WINDOW_MS;
+    this.window = soon ? Math.min(MAX_WINDOW_MS, this.window * 2) : Math.max(MIN_WINDOW_MS, this.window / 2);
+  }
+
+  /** Wait for a notification; false when something completed meanwhile. */
+  private fallAsleep(now: number): boolean {
+    if (this.queue.enableNotifications()) {
+      this.queue.disableNotifications();
+      return false;
+    }
+    this.asleep = true;
+    this.asleepSince = now;
+    this.cancelTurn();
+    this.holdProcess(true);
+    return true;
+  }
+
+  /** A queue that breaks is reported, and watched no more. What a callback throws goes its normal way. */
+  private reapSafely(limit: number): number {
+    this.reaping = true;
+    try {
+      return this.reap(limit);
+    } catch (error) {
+      if (!(error instanceof VirtioError && error.code === "ERR_VIRTIO_QUEUE_BROKEN")) throw error;
+      this.stop();
+      this.onError(error);
+      return 0;
+    } finally {
+      this.reaping = false;
+    }
+  }
+
+  /** Whether sleeping here keeps the process alive: exactly while something is in flight. */
+  private holdProcess(yes: boolean): void {
+    if (this.holdsProcess === yes) return;
+    this.holdsProcess = yes;
+    if (yes) this.watcher?.ref();
+    else this.watcher?.unref();
+  }
+
+  private cancelTurn(): void {
+    clearImmediate(this.next);
+    this.next = undefined;
+  }
+}
