@@ -20,10 +20,13 @@ export interface Pollable {
   arm(): boolean;
 }
 
-/** Requests of one ring before its answers are published and the next ring has its turn. */
-const BATCH = 64;
-/** Rounds over all rings before the event loop has its turn: well below a millisecond of requests. */
-const ROUNDS = 16;
+/**
+ * Requests of one ring before its answers are published and the next ring has its turn. Small, so that the driver
+ * works on the first answers of a burst while this side works on the rest.
+ */
+const BATCH = 16;
+/** Milliseconds of work before the event loop has its turn. */
+const SLICE = 0.5;
 /** Rounds without a request before the event loop has its turn: about 1 µs. */
 const EMPTY_ROUNDS = 48;
 /** Longest time without a request, in milliseconds, before rings go to sleep. */
@@ -33,8 +36,8 @@ const MIN_WINDOW = 0.02;
 /**
  * A notification costs the driver a system call and this side a wake-up of some 10 µs, so it pays to look for more
  * work for a while. How long adapts as in the kernel's halt polling: a notification soon after going to sleep
- * doubles the time, one long after halves it. The event loop has its turn at least every {@link ROUNDS} rounds, so
- * messages and the completions of slow storages are never held up.
+ * doubles the time, one long after halves it. The event loop has its turn after every {@link SLICE}, so messages and the
+ * completions of slow storages are not held up.
  */
 export class Poller {
   private readonly active: Pollable[] = [];
@@ -69,9 +72,10 @@ export class Poller {
 
   private readonly turn = (): void => {
     this.immediate = undefined;
-    let worked = false;
+    let now = performance.now();
+    const end = now + SLICE;
     let busy = false;
-    for (let round = 0, empty = 0; round < ROUNDS && empty < EMPTY_ROUNDS && !busy; ) {
+    for (let empty = 0; empty < EMPTY_ROUNDS && now < end && !busy; ) {
       let found = 0;
       for (let i = 0; i < this.active.length; i++) {
         const ring = this.active[i];
@@ -79,16 +83,14 @@ export class Poller {
         if (ring.busy) busy = true;
       }
       if (found > 0) {
-        worked = true;
+        now = performance.now();
+        this.lastWork = now;
         empty = 0;
-        round++;
       } else {
         empty++;
       }
     }
-    const now = performance.now();
-    if (worked) this.lastWork = now;
-    else if (now - this.lastWork > this.window) this.sleep(now);
+    if (now - this.lastWork > this.window) this.sleep(now);
     if (this.active.length > 0) this.immediate ??= setImmediate(this.turn);
   };
 

@@ -78,8 +78,7 @@ describe("the poller of a back-end", () => {
     let before = 0;
     for (let i = 0; i < 20; i++) {
       await turns(1);
-      const now = ring.processed - before;
-      assert.ok(now > 0 && now <= 4096, `${now} requests in one turn`);
+      assert.ok(ring.processed > before);
       before = ring.processed;
     }
     poller.drop(ring);
@@ -96,7 +95,7 @@ describe("the poller of a back-end", () => {
     }
     await turns(3);
     const done = rings.map(({ processed }) => processed);
-    assert.ok(Math.max(...done) - Math.min(...done) <= 64, `uneven: ${done.join(", ")}`);
+    assert.ok(Math.max(...done) - Math.min(...done) <= 16, `uneven: ${done.join(", ")}`);
     for (const ring of rings) poller.drop(ring);
   });
 
