@@ -45,8 +45,11 @@ export const command = withConsentOption(
       .option("--iodepth <n>", "requests in flight", positiveNumber, 32)
       .option("--runtime <seconds>", "how long to count; a ramp of 0.3 s comes before", seconds, 2)
       .addOption(
-        new Option("--mode <mode>", "poll burns a core and is fast; event sleeps")
-          .choices(["poll", "event"])
+        new Option(
+          "--mode <mode>",
+          "poll burns a core and is fast; event sleeps; hybrid looks for a moment, then sleeps",
+        )
+          .choices(["poll", "hybrid", "event"])
           .default("poll"),
       )
       .addOption(

@@ -136,7 +136,7 @@ export class BlockDevice {
     return describeDevice(this.transport, this.currentConfig, this.allQueues, this);
   }
 
-  /** How completions are learnt of: `"event"`, or `"poll"` by calls of {@link poll} alone. */
+  /** How completions are learnt of; may be switched at any time. In mode `"poll"` by calls of {@link poll} alone. */
   get mode(): CompletionMode {
     return this.allQueues[0].mode;
   }
@@ -544,7 +544,7 @@ function rangeList(ranges: BlockRange | readonly BlockRange[]): readonly BlockRa
 function checkOpenOptions(options: OpenBlockOptions): void {
   if (typeof options !== "object" || options === null) throw typeError("options", "an object", options);
   checkOptions("openBlock", options, OPEN_BLOCK_OPTIONS);
-  const { mode = "event", queues = 1, queueSize, capacity } = options;
+  const { mode = "hybrid", queues = 1, queueSize, capacity } = options;
   if (mode !== "hybrid" && mode !== "event" && mode !== "poll")
     throw rangeError("mode", '"hybrid", "event" or "poll"', mode);
   checkInteger("queues", queues, 1, 65536);

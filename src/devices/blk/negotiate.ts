@@ -130,7 +130,7 @@ export async function startBlkQueues(
   options: OpenBlockOptions,
 ): Promise<BlkMemory> {
   const features = transport.features;
-  const { queues: wanted = 1, mode = "event" } = options;
+  const { queues: wanted = 1, mode = "hybrid" } = options;
   const hasMq = (features & BlkFeature.MQ) !== 0n;
   const available = Math.min(transport.maxQueues, hasMq ? Math.max(1, config.numQueues ?? 1) : 1);
   if (wanted > available) {

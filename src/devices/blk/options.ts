@@ -9,7 +9,7 @@ export interface OpenBlockOptions extends WaitOptions {
   readonly queues?: number;
   /** Descriptors per queue. Default 256, or what the transport can set up. */
   readonly queueSize?: number;
-  /** How completions are learnt of; `BlockDevice.mode` switches later. Default `"event"`. */
+  /** How completions are learnt of; `BlockDevice.mode` switches later. Default `"hybrid"`. */
   readonly mode?: CompletionMode;
   /** Accept packed virtqueues when offered. Default true. */
   readonly packed?: boolean;
