@@ -1,6 +1,6 @@
 /** One request queue of a virtio-blk device: the allocation-free way to submit requests and reap them. */
 
-import { checkInteger, rangeError, VirtioError } from "../../errors.js";
+import { checkInteger, rangeError, type VirtioError } from "../../errors.js";
 import type { DeviceBuffer } from "../../memory/index.js";
 import {
   BLK_HEADER_SIZE,

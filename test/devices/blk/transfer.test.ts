@@ -502,6 +502,19 @@ test("memory for copies runs out: calls wait for it, in order, and all complete"
   assert.equal(disk.pending, 0);
 });
 
+test("memory for copies is not lost by trying in vain to submit", async (t) => {
+  const bench = await openFake(t, { config: { capacity: 65536n }, open: { queueSize: 4 } });
+  const SIZE = 1 << 20;
+  // Room for one request: the second is prepared and put back in every turn, more often than memory would last.
+  const calls = Array.from({ length: 24 }, (_, i) => bench.disk.write(new Uint8Array(SIZE).fill(i)));
+  for (let i = 0; i < calls.length; i++) {
+    const request = await bench.takeOne();
+    assert.equal(request.data[SIZE - 1], i);
+    request.answer();
+  }
+  await Promise.all(calls);
+});
+
 function bytesOf(memory: Memory): Uint8Array {
   return memory instanceof Uint8Array ? memory : memory.bytes;
 }
