@@ -91,6 +91,7 @@ export class CompletionWatch {
     this.watcher.unref();
     this.holdsProcess = false;
     if (mode === "event") this.asleep = !this.queue.enableNotifications();
+    else this.queue.disableNotifications();
     if (this.asleep) this.holdProcess(this.queue.inFlight > 0);
     else this.next = setImmediate(this.turnAgain);
   }
