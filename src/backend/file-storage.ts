@@ -33,8 +33,10 @@ const ADVICE: ReadonlyMap<number, string> = new Map([
 ]);
 
 /**
- * A disk in a raw image file, or on a block device. A slow request does not hold up others. Discarded ranges become
- * holes where the file system can make them.
+ * A disk in a raw image file, or on a block device. Discarded ranges become holes where the file system can make them.
+ *
+ * Reads and writes run on the threads of libuv, so a slow one does not hold up others: four at a time, unless the
+ * environment variable UV_THREADPOOL_SIZE says more, which pays for slow disks and costs for cached files.
  *
  * @example
  * ```ts

@@ -40,8 +40,6 @@ const CLOSE_MS = 15_000;
 const CLEAN = "exit code 0";
 /** Of what the child complains about, so many characters are kept. */
 const COMPLAINT_LENGTH = 2000;
-/** Threads for file I/O of the child: so many requests are with the kernel at a time. */
-const FILE_THREADS = "16";
 
 /**
  * Start a back-end in a child process, for `ram:` and `file:` addresses. The child does not keep this process alive,
@@ -59,11 +57,9 @@ const FILE_THREADS = "16";
  */
 export async function spawnBackend(spec: StorageSpec, options: SpawnBackendOptions = {}): Promise<SpawnedBackend> {
   checkOptions("spawnBackend", options, ["queues", "packed", "blockSize"]);
-  const { UV_THREADPOOL_SIZE = FILE_THREADS, ...env } = process.env;
   const child = fork(fileURLToPath(new URL("./child.js", import.meta.url)), [], {
     execArgv: [],
     stdio: ["ignore", "ignore", "pipe", "ipc"],
-    env: spec.kind === "file" ? { ...env, UV_THREADPOOL_SIZE } : process.env,
   });
   const handle = new Child(child);
   const path = await handle.start({ spec, options });

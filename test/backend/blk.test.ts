@@ -492,6 +492,25 @@ describe("the virtio-blk device", () => {
     assert.equal(await ring.finished(request), 1);
   });
 
+  it("answers IOERR when a storage that is asked without views fails", async (t) => {
+    const fail = (): never => {
+      throw new Error("on purpose");
+    };
+    const storage: BlockStorage = {
+      ...{ capacity: 1024 * 1024, read: fail, write: fail, flush: fail },
+      ...{ readInto: fail, writeFrom: fail },
+    };
+    const { backend, errors } = backendFor(t, storage);
+    const ring = await frontEndFor(t, backend).start(SLOW & FLUSH);
+    assert.deepEqual(
+      [(await ring.read(0n, 512)).status, (await ring.write(0n, new Uint8Array(512))).status],
+      [IOERR, IOERR],
+    );
+    assert.equal((await ring.run(BlkRequestType.FLUSH, 0n)).status, IOERR);
+    assert.equal(errors.length, 3);
+    storage.flush = () => undefined; // for close
+  });
+
   it("answers a request in several pieces when the last piece is done, and fails it when any failed", async (t) => {
     const storage = new SlowStorage();
     t.after(() => storage.release());

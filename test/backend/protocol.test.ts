@@ -491,6 +491,23 @@ describe("vhost-user back-end: memory", () => {
     assert.equal(backend.stats.errors, 3);
   });
 
+  it("breaks a ring whose used index is impossible in the memory that replaces the old", async (t) => {
+    const { front, errors } = pair(t);
+    const ring = await front.start(0n);
+    const memfd = createMemfd("test-other", MEMORY_BYTES);
+    const other = mapShared(memfd, MEMORY_BYTES);
+    new DataView(other).setUint16(ring.driver.place.device + 2, 1000, true);
+    await front.must(R.SET_MEM_TABLE, memoryTableCodec.encode([REGION]), [memfd]);
+    unmapShared(other);
+    closeFd(memfd);
+    await until(() => errors.length === 1);
+    assert.match(errors[0].message, /used index of 1000/);
+    ring.request(BlkRequestType.IN, 0n, { into: 512 });
+    ring.kick.signal();
+    await turns(20);
+    assert.equal(await ring.stop(), 0);
+  });
+
   for (const sealedMemory of [false, true]) {
     it(`${sealedMemory ? "refuses" : "takes"} memory that can shrink ${sealedMemory ? "when told so" : "by default"}`, async (t) => {
       const { backend, errors } = backendFor(t, undefined, { sealedMemory });
@@ -885,6 +902,11 @@ describe("a back-end's life", () => {
     assert.throws(listen({ blockSize: 100 }), { name: "RangeError" });
     assert.throws(listen({ blockSize: 1536 }), { name: "RangeError" });
     assert.throws(listen({ blockSize: 131072 }), { name: "RangeError" });
+    const odd = { capacity: 1536, read: () => undefined, write: () => undefined, flush: () => undefined };
+    assert.throws(listen({ storage: odd, blockSize: 1024 }), {
+      name: "RangeError",
+      message: /divisor of the capacity/,
+    });
     assert.throws(listen({ packed: 1 }), { name: "TypeError" });
     assert.throws(listen({ sealedMemory: "yes" }), { name: "TypeError" });
     assert.throws(listen({ onError: 1 }), { name: "TypeError" });

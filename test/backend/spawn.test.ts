@@ -154,6 +154,43 @@ describe("spawnBackend", () => {
   }
 });
 
+describe("a back-end without descriptors left", () => {
+  it("tells it, and accepts its client when there are some again", async (t) => {
+    const socket = join(folderFor(t), "disk.sock");
+    // The limit is that of the shell that starts the script.
+    const script = `
+      import { closeSync, openSync } from "node:fs";
+      import { RamStorage, VhostUserBackend } from ${JSON.stringify(MODULE)};
+      const storage = new RamStorage(${MIB});
+      let fds = [];
+      const onError = (error) => {
+        console.log(error.message);
+        for (const fd of fds.splice(0)) closeSync(fd);
+      };
+      VhostUserBackend.listen({ path: ${JSON.stringify(socket)}, storage, onError });
+      try {
+        for (;;) fds.push(openSync("/dev/null"));
+      } catch {
+        console.log("full");
+      }`;
+    const child = spawn(
+      "sh",
+      ["-c", `ulimit -n 100 && exec "$0" --input-type=module -e "$1"`, process.execPath, script],
+      {
+        stdio: ["ignore", "pipe", "ignore"],
+      },
+    );
+    t.after(() => child.kill("SIGKILL"));
+    assert.ok(child.stdout !== null);
+    const lines = child.stdout[Symbol.asyncIterator]() as AsyncIterator<Buffer>;
+    assert.equal((await soon(lines.next(), "the script")).value.toString().trim(), "full");
+    const front = new FrontEnd(socket);
+    t.after(() => front.close());
+    assert.match((await soon(lines.next(), "the failure")).value.toString(), /EMFILE/);
+    assert.equal((await (await front.start()).read(0n, 512)).status, 0);
+  });
+});
+
 describe("serveUntilSignal", () => {
   for (const signal of ["SIGINT", "SIGTERM"] as const) {
     it(`VHU-BE-34 ends on ${signal} with the data flushed and the socket removed`, async (t) => {

@@ -205,6 +205,7 @@ describe("FileStorage", () => {
     assert.equal(disk.readOnly, true);
     await disk.read(0, new Uint8Array(512));
     await assert.rejects(disk.write(0, new Uint8Array(512)), { code: "EBADF" });
+    assert.throws(() => disk.discard(0, 512), { code: "ERR_VIRTIO_SYSCALL", errno: 9 });
   });
 
   it("says what is wrong with a file, and what to try", (t) => {
