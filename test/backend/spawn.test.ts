@@ -182,11 +182,14 @@ describe("a back-end without descriptors left", () => {
     );
     t.after(() => child.kill("SIGKILL"));
     assert.ok(child.stdout !== null);
-    const lines = child.stdout[Symbol.asyncIterator]() as AsyncIterator<Buffer>;
-    assert.equal((await soon(lines.next(), "the script")).value.toString().trim(), "full");
+    const { stdout } = child;
+    const said = async (what: string): Promise<string> =>
+      String(((await soon(once(stdout, "data"), what)) as [Buffer])[0]).trim();
+    assert.equal(await said("the script"), "full");
+    const failure = said("the failure");
     const front = new FrontEnd(socket);
     t.after(() => front.close());
-    assert.match((await soon(lines.next(), "the failure")).value.toString(), /EMFILE/);
+    assert.match(await failure, /EMFILE/);
     assert.equal((await (await front.start()).read(0n, 512)).status, 0);
   });
 });
