@@ -114,7 +114,7 @@ export class CompletionWatch {
   lookNow(): void {
     if (this.currentMode !== "hybrid" || this.asleep || this.reaping) return;
     let idle = this.window * LOOKS_PER_MS;
-    while (idle-- > 0 && this.looksLeft > 0 && this.queue.inFlight > 0) {
+    while (idle-- > 0 && this.looksLeft > 0 && this.watcher !== undefined && this.queue.inFlight > 0) {
       const count = this.reapSafely(TURN_REQUESTS * this.queue.layout.queueSize);
       this.looksLeft -= 1 + count * LOOKS_PER_REQUEST;
       if (count > 0) {

@@ -129,6 +129,18 @@ describe("mode hybrid", { timeout: 20_000 }, () => {
     assert.deepEqual(bench.reaped, [slot]);
   });
 
+  test("lookNow at a queue that breaks: told once, and looked at no more", (t) => {
+    const bench = new Bench(t, "hybrid");
+    bench.submit();
+    bench.device.take();
+    bench.device.forge(100, 0);
+    bench.device.publish();
+    bench.watch.lookNow();
+    bench.watch.lookNow();
+    assert.equal(bench.errors.length, 1);
+    assert.equal(bench.watch.mode, "poll");
+  });
+
   test("the share of lookNow is renewed by a turn of the event loop only", async (t) => {
     const bench = new Bench(t, "hybrid");
     const slots: number[] = [];
