@@ -62,6 +62,22 @@ export class FakeBlkRequest {
  * Take the available requests of a queue as virtio-blk requests, and hold them.
  *
  * @param max - at most so many. Default: all there are.
+ * @example
+ * ```ts
+ * import { BlockDevice } from "virtio-driver";
+ * import { encodeBlkConfig } from "virtio-driver/protocol";
+ * import { FakeTransport, takeBlk } from "virtio-driver/testing";
+ *
+ * const transport = new FakeTransport({ config: encodeBlkConfig({ capacity: 8n }) });
+ * const disk = await BlockDevice.open(transport);
+ * const calls = [disk.read(new Uint8Array(512)), disk.write(new Uint8Array(512))];
+ * await new Promise((resolve) => setImmediate(resolve)); // until the driver has submitted them
+ * const [read, write] = takeBlk(transport.queues[0]);
+ * write.answer({ status: 1 }); // the later one first, and with an error
+ * read.answer({ data: new Uint8Array(512) });
+ * console.log((await Promise.allSettled(calls)).map(({ status }) => status)); // [ 'fulfilled', 'rejected' ]
+ * await disk.close();
+ * ```
  */
 export function takeBlk(queue: FakeQueue, max?: number): FakeBlkRequest[] {
   return queue.take(max).map((request) => new FakeBlkRequest(queue, request));

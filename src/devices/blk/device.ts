@@ -1,7 +1,7 @@
 /** A virtio-blk device as Node people expect one: promises, FileHandle-like reads and writes, `await using`. */
 
 import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../../errors.js";
-import { type BufferPool, DeviceBuffer } from "../../memory/index.js";
+import { type BufferPool, DeviceBuffer, type MemoryRegion } from "../../memory/index.js";
 import {
   BLK_CONFIG_WRITEBACK_OFFSET,
   BLK_ID_SIZE,
@@ -17,7 +17,7 @@ import {
 import type { VirtioTransport } from "../../transports/transport.js";
 import { isPowerOfTwo } from "../../virtqueue/index.js";
 import { type BlockInfo, describeDevice } from "./info.js";
-import { negotiateBlk, readBlkConfig, startBlkQueues } from "./negotiate.js";
+import { type BlkMemory, negotiateBlk, readBlkConfig, startBlkQueues } from "./negotiate.js";
 import { ControlOperation, type Memory, stretchOf, TransferOperation } from "./operation.js";
 import { type BlockRange, OPEN_BLOCK_OPTIONS, type OpenBlockOptions, type TransferOptions } from "./options.js";
 import type { CompletionMode } from "../completion.js";
@@ -66,6 +66,7 @@ export class BlockDevice {
   private readonly scheduler: Scheduler;
   private readonly pool: BufferPool;
   private readonly bounce: BufferPool;
+  private readonly regions: ReadonlySet<MemoryRegion>;
   private readonly openOptions: OpenBlockOptions;
   private currentConfig: BlkConfig;
   private closing: Promise<void> | undefined;
@@ -91,12 +92,7 @@ export class BlockDevice {
     }
   }
 
-  private constructor(
-    transport: VirtioTransport,
-    config: BlkConfig,
-    memory: { queues: VirtioBlkQueue[]; pool: BufferPool; bounce: BufferPool },
-    options: OpenBlockOptions,
-  ) {
+  private constructor(transport: VirtioTransport, config: BlkConfig, memory: BlkMemory, options: OpenBlockOptions) {
     this.transport = transport;
     this.address = transport.address;
     this.features = transport.features;
@@ -105,6 +101,7 @@ export class BlockDevice {
     this.allQueues = [...memory.queues];
     this.pool = memory.pool;
     this.bounce = memory.bounce;
+    this.regions = memory.regions;
     this.openOptions = options;
     const { blkSize } = config;
     this.blockSize = blkSize !== undefined && blkSize >= SECTOR_SIZE && isPowerOfTwo(blkSize) ? blkSize : SECTOR_SIZE;
@@ -383,7 +380,7 @@ export class BlockDevice {
   ): Promise<ReadResult<Memory> | WriteResult<Memory>> {
     try {
       checkTransferOptions(options);
-      checkMemory(buffer);
+      this.checkMemory(buffer);
       const { position = 0, offset = 0, signal } = options;
       const length = options.length ?? buffer.length - offset;
       checkSignal(signal);
@@ -432,7 +429,7 @@ export class BlockDevice {
     const given: unknown = buffers; // isArray would make any[] of it
     if (!Array.isArray(given) || given.length === 0) throw typeError("buffers", "an array of buffers", buffers);
     const { position = 0 } = options;
-    for (const buffer of buffers) checkMemory(buffer);
+    for (const buffer of buffers) this.checkMemory(buffer);
     const total = buffers.reduce((sum, buffer) => sum + buffer.length, 0);
     this.checkRange(type, position, total);
     const stretches = buffers.filter(({ length }) => length > 0).map((buffer) => stretchOf(buffer, 0, buffer.length));
@@ -479,6 +476,16 @@ export class BlockDevice {
     throw new VirtioError("ERR_VIRTIO_UNSUPPORTED", `${this.address} does not offer ${what}; see info.features`);
   }
 
+  private checkMemory(buffer: unknown): void {
+    if (buffer instanceof DeviceBuffer) {
+      if (buffer.released) throw rangeError("buffer", "a lent buffer that was not released", "a released one");
+      // The address of another device's memory means something else to this one: its own rings, perhaps.
+      if (!this.regions.has(buffer.region)) throw rangeError("buffer", "a buffer lent by this device", "another's");
+      return;
+    }
+    if (!(buffer instanceof Uint8Array)) throw typeError("buffer", "a Uint8Array or a DeviceBuffer", buffer);
+  }
+
   private checkTransfer(type: number, buffer: Memory, position: number, offset: number, length: number): void {
     const end = buffer.length;
     if (!(Number.isSafeInteger(offset) && offset >= 0 && offset <= end && offset + length <= end)) {
@@ -510,14 +517,6 @@ export class BlockDevice {
 const NO_OPTIONS = {};
 const TRANSFER_OPTIONS = ["position", "offset", "length", "signal"];
 const NO_DATA = new Uint8Array(0);
-
-function checkMemory(buffer: unknown): void {
-  if (buffer instanceof DeviceBuffer) {
-    if (buffer.released) throw rangeError("buffer", "a lent buffer that was not released", "a released one");
-    return;
-  }
-  if (!(buffer instanceof Uint8Array)) throw typeError("buffer", "a Uint8Array or a DeviceBuffer", buffer);
-}
 
 /** A misspelled `position` must not write to the start of the disk. Cheap: nothing is allocated. */
 function checkTransferOptions(options: TransferOptions): void {

@@ -117,6 +117,8 @@ export interface BlkMemory {
   readonly pool: BufferPool;
   /** Lends buffers to operations whose memory the device cannot reach. */
   readonly bounce: BufferPool;
+  /** All memory that the device can reach; grows with `pool`. */
+  readonly regions: ReadonlySet<MemoryRegion>;
 }
 
 /**
@@ -155,7 +157,12 @@ export async function startBlkQueues(
   }
   const bounce = new BufferPool(noGrowth);
   bounce.addRegion(region, bounceStart, poolStart);
-  const pool = new BufferPool((size) => transport.mapMemory(size));
+  const regions = new Set([region]);
+  const pool = new BufferPool(async (size) => {
+    const more = await transport.mapMemory(size);
+    regions.add(more);
+    return more;
+  });
   pool.addRegion(region, poolStart);
 
   const notifiers = await transport.startQueues(
@@ -165,7 +172,7 @@ export async function startBlkQueues(
   queues.forEach((queue, i) => {
     queue.start(notifiers[i], mode);
   });
-  return { queues, pool, bounce };
+  return { queues, pool, bounce, regions };
 }
 
 /** The largest power of two, which either format takes, within both limits. */

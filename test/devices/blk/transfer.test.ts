@@ -107,6 +107,20 @@ describe("which transfers are refused", () => {
     assert.deepEqual(await bench.take(), []);
   });
 
+  test("a buffer that another device lent: its address means something else here", async (t) => {
+    const [bench, other] = [await openFake(t), await openFake(t)];
+    const buffer = await other.disk.allocate(512);
+    await assert.rejects(bench.disk.read(buffer), refused("buffer"));
+    await assert.rejects(bench.disk.write(buffer), refused("buffer"));
+    await assert.rejects(bench.disk.readv([new Uint8Array(512), buffer]), refused("buffer"));
+    assert.deepEqual(await bench.take(), []);
+    // One of memory that was added later is as good as one of the first.
+    const large = await bench.disk.allocate(80 << 20);
+    const reading = bench.disk.read(large, { length: 512 });
+    (await bench.takeOne()).answer({ data: pattern(512) });
+    assert.equal((await reading).bytesRead, 512);
+  });
+
   test("with blocks of 4096 bytes, half a block", async (t) => {
     const { bench, checked } = await openChecked(t, { blkSize: 4096 });
     await assert.rejects(bench.disk.read(new Uint8Array(512)), refused("length"));
