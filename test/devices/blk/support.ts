@@ -215,3 +215,20 @@ export class CheckedDisk {
 /** Every feature of virtio-blk that is not about a limit. */
 export const ALL_REQUESTS =
   BlkFeature.FLUSH | BlkFeature.DISCARD | BlkFeature.WRITE_ZEROES | BlkFeature.SECURE_ERASE | BlkFeature.LIFETIME;
+
+/** Answer a read with data that tell its sector. */
+export function answerRead(request: FakeBlkRequest): void {
+  request.answer({ data: pattern(request.room, request.sector) });
+}
+
+/** Take and answer until nothing comes any more; returns the sectors in the order of submission. */
+export async function serveAll(bench: Bench): Promise<number[]> {
+  const sectors: number[] = [];
+  for (let requests = await bench.take(); requests.length > 0; requests = await bench.take()) {
+    for (const request of requests) {
+      sectors.push(request.sector);
+      answerRead(request);
+    }
+  }
+  return sectors;
+}
