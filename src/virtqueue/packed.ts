@@ -15,13 +15,15 @@ import {
   brokenRing,
   ChainBuilder,
   clampU32,
+  DESC_WORDS,
   FRAME_ELEMENTS,
   type RingOptions,
   SHAPE_FRAME_INDIRECT,
   SHAPE_NONE,
+  SlotMemory,
+  writeDescriptor,
 } from "./ring.js";
 
-const DESC_WORDS = DESC_SIZE / 4;
 const DESC_HALVES = DESC_SIZE / 2;
 const ID16 = 6; // pvirtq_desc.id and .flags, in 16-bit units
 const FLAGS16 = 7;
@@ -52,17 +54,7 @@ export class PackedRing {
   private readonly driverEvent: Uint16Array;
   private readonly deviceEvent: Uint32Array;
 
-  private readonly table: Int32Array;
-  private readonly tableEntries: number;
-  private readonly tableLo: number;
-  private readonly tableHi: number;
-  private readonly requestLo: number;
-  private readonly requestHi: number;
-  private readonly requestSize: number;
-  private readonly headerLength: number;
-  private readonly trailerOffset: number;
-  private readonly trailerLength: number;
-  private readonly frameIndirect: boolean;
+  private readonly slots: SlotMemory;
 
   /** Free buffer ids: a stack, or with IN_ORDER a ring of ids taken from the front. */
   private readonly ids: Uint16Array;
@@ -100,7 +92,7 @@ export class PackedRing {
   private batchLength = 0;
 
   constructor(options: RingOptions) {
-    const { layout, buffer, offset, iova, indirect, frame } = options;
+    const { layout, buffer, offset } = options;
     const n = layout.queueSize;
     this.size = n;
     this.numFree = n;
@@ -113,17 +105,7 @@ export class PackedRing {
     this.driverEvent = new Uint16Array(buffer, offset + layout.driverAreaOffset, 2);
     this.deviceEvent = new Uint32Array(buffer, offset + layout.deviceAreaOffset, 1);
 
-    this.tableEntries = indirect === undefined ? 0 : indirect.entries;
-    this.table = new Int32Array(buffer, indirect?.offset ?? 0, n * this.tableEntries * DESC_WORDS);
-    this.tableLo = (indirect?.iova ?? 0) | 0;
-    this.tableHi = Math.floor((indirect?.iova ?? 0) / 2 ** 32);
-    this.requestLo = (iova + layout.reqOffset) | 0;
-    this.requestHi = Math.floor(iova / 2 ** 32);
-    this.requestSize = layout.requestSize;
-    this.headerLength = frame?.headerLength ?? 0;
-    this.trailerOffset = frame?.trailerOffset ?? 0;
-    this.trailerLength = frame?.trailerLength ?? 0;
-    this.frameIndirect = this.tableEntries >= FRAME_ELEMENTS;
+    this.slots = new SlotMemory(options);
 
     // A stack hands out 0 first; with IN_ORDER the ids run in the order of the buffers.
     this.ids = Uint16Array.from({ length: n }, (_, i) => (this.inOrder ? i : n - 1 - i));
@@ -135,7 +117,7 @@ export class PackedRing {
 
   /** Start a chain; see `Virtqueue.begin`. */
   begin(count: number): number {
-    const indirect = count > 1 && count <= this.tableEntries;
+    const indirect = count > 1 && count <= this.slots.tableEntries;
     if (this.numFree < (indirect ? 1 : count) || this.numIds === 0) return -1;
     this.builder.start(count, indirect);
     this.buildId = this.nextId();
@@ -152,8 +134,14 @@ export class PackedRing {
     const write = isWritable ? VIRTQ_DESC_F_WRITE : 0;
     if (builder.indirect) {
       // Order in a table is positional: neither NEXT nor id (2.8.8).
-      const at = (this.buildId * this.tableEntries + builder.count - 1) * DESC_WORDS;
-      writeDescriptor(this.table, at, lo, hi, length, write << 16);
+      writeDescriptor(
+        this.slots.table,
+        this.slots.entryAt(this.buildId, builder.count - 1),
+        lo,
+        hi,
+        length,
+        write << 16,
+      );
       return;
     }
     const at = this.buildCursor * DESC_WORDS;
@@ -212,13 +200,14 @@ export class PackedRing {
 
   /** Add header, one data element and trailer as one chain; see `Virtqueue.addFramed`. */
   addFramed(lo: number, hi: number, length: number, isWritable: boolean): number {
-    if (!this.frameIndirect) return this.addFramedDirect(lo, hi, length, isWritable);
+    const { slots } = this;
+    if (!slots.frameFits) return this.addFramedDirect(lo, hi, length, isWritable);
     if (this.numFree === 0 || this.numIds === 0) return -1;
     const id = this.nextId();
     if (this.shape[id] !== SHAPE_FRAME_INDIRECT) this.prepareIndirect(id);
-    const at = (id * this.tableEntries + 1) * DESC_WORDS;
-    writeDescriptor(this.table, at, lo, hi, length, isWritable ? VIRTQ_DESC_F_WRITE << 16 : 0);
-    this.takeIndirect(id, FRAME_ELEMENTS, isWritable ? length + this.trailerLength : this.trailerLength);
+    const tail = isWritable ? VIRTQ_DESC_F_WRITE << 16 : 0;
+    writeDescriptor(slots.table, slots.entryAt(id, 1), lo, hi, length, tail);
+    this.takeIndirect(id, FRAME_ELEMENTS, isWritable ? length + slots.trailerLength : slots.trailerLength);
     return id;
   }
 
@@ -309,15 +298,14 @@ export class PackedRing {
   private addFramedDirect(lo: number, hi: number, length: number, isWritable: boolean): number {
     if (this.numFree < FRAME_ELEMENTS || this.numIds === 0) return -1;
     const id = this.nextId();
-    const requestLo = (this.requestLo + id * this.requestSize) | 0;
-    const desc = this.desc;
+    const { desc, slots } = this;
     let cursor = this.nextAvail;
     let bits = this.availBits;
 
     const headTail = id | ((VIRTQ_DESC_F_NEXT | bits) << 16);
-    desc[cursor * DESC_WORDS] = requestLo;
-    desc[cursor * DESC_WORDS + 1] = this.requestHi;
-    desc[cursor * DESC_WORDS + 2] = this.headerLength;
+    desc[cursor * DESC_WORDS] = slots.headerAddress(id);
+    desc[cursor * DESC_WORDS + 1] = slots.requestHi;
+    desc[cursor * DESC_WORDS + 2] = slots.headerLength;
     if (++cursor === this.size) {
       cursor = 0;
       bits ^= USED_MASK;
@@ -328,10 +316,10 @@ export class PackedRing {
       cursor = 0;
       bits ^= USED_MASK;
     }
-    const trailerLo = (requestLo + this.trailerOffset) | 0;
+    const trailerLo = slots.trailerAddress(id);
     const trailerTail = id | ((VIRTQ_DESC_F_WRITE | bits) << 16);
-    writeDescriptor(desc, cursor * DESC_WORDS, trailerLo, this.requestHi, this.trailerLength, trailerTail);
-    this.take(id, headTail, FRAME_ELEMENTS, isWritable ? length + this.trailerLength : this.trailerLength);
+    writeDescriptor(desc, cursor * DESC_WORDS, trailerLo, slots.requestHi, slots.trailerLength, trailerTail);
+    this.take(id, headTail, FRAME_ELEMENTS, isWritable ? length + slots.trailerLength : slots.trailerLength);
     return id;
   }
 
@@ -341,8 +329,8 @@ export class PackedRing {
 
   private takeIndirect(id: number, count: number, writable: number): void {
     const at = this.nextAvail * DESC_WORDS;
-    this.desc[at] = (this.tableLo + id * this.tableEntries * DESC_SIZE) | 0;
-    this.desc[at + 1] = this.tableHi;
+    this.desc[at] = this.slots.tableAddress(id);
+    this.desc[at + 1] = this.slots.tableHi;
     this.desc[at + 2] = count * DESC_SIZE;
     this.take(id, id | ((VIRTQ_DESC_F_INDIRECT | this.availBits) << 16), 1, writable);
   }
@@ -405,20 +393,7 @@ export class PackedRing {
   }
 
   private prepareIndirect(id: number): void {
-    const lo = (this.requestLo + id * this.requestSize) | 0;
-    const at = id * this.tableEntries * DESC_WORDS;
-    writeDescriptor(this.table, at, lo, this.requestHi, this.headerLength, 0);
-    const trailerLo = (lo + this.trailerOffset) | 0;
-    const write = VIRTQ_DESC_F_WRITE << 16;
-    writeDescriptor(this.table, at + 2 * DESC_WORDS, trailerLo, this.requestHi, this.trailerLength, write);
+    this.slots.writeFrame(id, 2, 0, VIRTQ_DESC_F_WRITE << 16);
     this.shape[id] = SHAPE_FRAME_INDIRECT;
   }
-}
-
-/** Write one `struct pvirtq_desc`; `tail` is id in the low half, flags in the high half. */
-function writeDescriptor(words: Int32Array, at: number, lo: number, hi: number, length: number, tail: number): void {
-  words[at] = lo;
-  words[at + 1] = hi;
-  words[at + 2] = length;
-  words[at + 3] = tail;
 }

@@ -1,7 +1,11 @@
 /** What both halves of the driver's rings share: where a ring lies, its options, and how it breaks. */
 
 import { rangeError, VirtioError } from "../errors.js";
+import { DESC_SIZE } from "./defs.js";
 import type { VirtqueueLayout } from "./layout.js";
+
+/** 32-bit words of a descriptor of either format. */
+export const DESC_WORDS = DESC_SIZE / 4;
 
 /**
  * The fixed ends of every request of a queue, inside the per-request data of its slot: a header that the
@@ -51,6 +55,88 @@ export const FRAME_ELEMENTS = 3;
 
 /** Largest total length of a descriptor chain (virtio 1.3, 2.7.5). */
 const MAX_CHAIN_BYTES = 2 ** 32;
+
+/**
+ * What belongs to each slot beside the ring: the frame of its request and its indirect table, with their
+ * addresses for the device.
+ */
+export class SlotMemory {
+  /** All indirect tables, one behind the other. */
+  readonly table: Int32Array;
+  /** Descriptors of each table; 0 when there are none. */
+  readonly tableEntries: number;
+  /** Whether a framed request with one data element fits into a table. */
+  readonly frameFits: boolean;
+  /** Upper half of the address of every table. */
+  readonly tableHi: number;
+  /** Upper half of the address of every request. */
+  readonly requestHi: number;
+  /** Bytes of the frame's header. */
+  readonly headerLength: number;
+  /** Bytes of the frame's trailer. */
+  readonly trailerLength: number;
+
+  private readonly tableLo: number;
+  private readonly requestLo: number;
+  private readonly requestSize: number;
+  private readonly trailerOffset: number;
+
+  constructor({ layout, buffer, iova, indirect, frame }: RingOptions) {
+    this.tableEntries = indirect === undefined ? 0 : indirect.entries;
+    this.table = new Int32Array(buffer, indirect?.offset ?? 0, layout.queueSize * this.tableEntries * DESC_WORDS);
+    this.frameFits = this.tableEntries >= FRAME_ELEMENTS;
+    this.tableLo = (indirect?.iova ?? 0) | 0;
+    this.tableHi = Math.floor((indirect?.iova ?? 0) / 2 ** 32);
+    this.requestLo = (iova + layout.reqOffset) | 0;
+    this.requestHi = Math.floor(iova / 2 ** 32);
+    this.requestSize = layout.requestSize;
+    this.headerLength = frame?.headerLength ?? 0;
+    this.trailerOffset = frame?.trailerOffset ?? 0;
+    this.trailerLength = frame?.trailerLength ?? 0;
+  }
+
+  /** Word of `table` at which entry `entry` of a slot's table begins. */
+  entryAt(slot: number, entry: number): number {
+    return (slot * this.tableEntries + entry) * DESC_WORDS;
+  }
+
+  /** Lower half of the address of a slot's table. */
+  tableAddress(slot: number): number {
+    return (this.tableLo + slot * this.tableEntries * DESC_SIZE) | 0;
+  }
+
+  /** Lower half of the address of a slot's header. */
+  headerAddress(slot: number): number {
+    return (this.requestLo + slot * this.requestSize) | 0;
+  }
+
+  /** Lower half of the address of a slot's trailer. */
+  trailerAddress(slot: number): number {
+    return (this.requestLo + slot * this.requestSize + this.trailerOffset) | 0;
+  }
+
+  /** Write header and trailer into a slot's table, as first entry and as entry `last`. */
+  writeFrame(slot: number, last: number, headerTail: number, trailerTail: number): void {
+    const { table, requestHi, headerLength, trailerLength } = this;
+    writeDescriptor(table, this.entryAt(slot, 0), this.headerAddress(slot), requestHi, headerLength, headerTail);
+    writeDescriptor(table, this.entryAt(slot, last), this.trailerAddress(slot), requestHi, trailerLength, trailerTail);
+  }
+}
+
+/** Write one descriptor; `tail` is its last word: flags and next (split), or id and flags (packed). */
+export function writeDescriptor(
+  words: Int32Array,
+  at: number,
+  lo: number,
+  hi: number,
+  length: number,
+  tail: number,
+): void {
+  words[at] = lo;
+  words[at + 1] = hi;
+  words[at + 2] = length;
+  words[at + 3] = tail;
+}
 
 /**
  * The chain under construction, alike on both formats: how many elements, how long, and that writable

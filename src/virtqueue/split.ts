@@ -15,14 +15,16 @@ import {
   brokenRing,
   ChainBuilder,
   clampU32,
+  DESC_WORDS,
   FRAME_ELEMENTS,
   type RingOptions,
   SHAPE_FRAME_DIRECT,
   SHAPE_FRAME_INDIRECT,
   SHAPE_NONE,
+  SlotMemory,
+  writeDescriptor,
 } from "./ring.js";
 
-const DESC_WORDS = DESC_SIZE / 4;
 const IDX = 1; // virtq_avail.idx and virtq_used.idx, in 16-bit units
 const RING16 = AVAIL_RING_OFFSET / 2;
 const RING32 = USED_RING_OFFSET / 4;
@@ -55,17 +57,7 @@ export class SplitRing {
   private readonly usedEventAt: number;
   private readonly availEventAt: number;
 
-  private readonly table: Int32Array;
-  private readonly tableEntries: number;
-  private readonly tableLo: number;
-  private readonly tableHi: number;
-  private readonly requestLo: number;
-  private readonly requestHi: number;
-  private readonly requestSize: number;
-  private readonly headerLength: number;
-  private readonly trailerOffset: number;
-  private readonly trailerLength: number;
-  private readonly frameIndirect: boolean;
+  private readonly slots: SlotMemory;
   /** With tables: free descriptors from which on framed requests use the ring itself. */
   private readonly directReserve: number;
 
@@ -97,7 +89,7 @@ export class SplitRing {
   private batchLength = 0;
 
   constructor(options: RingOptions) {
-    const { layout, buffer, offset, iova, indirect, frame } = options;
+    const { layout, buffer, offset } = options;
     const n = layout.queueSize;
     this.size = n;
     this.mask = n - 1;
@@ -114,17 +106,7 @@ export class SplitRing {
     this.used32 = new Uint32Array(buffer, offset + layout.deviceAreaOffset, usedBytes / 4);
     this.availEventAt = (USED_RING_OFFSET + USED_ELEM_SIZE * n) / 2;
 
-    this.tableEntries = indirect === undefined ? 0 : indirect.entries;
-    this.table = new Int32Array(buffer, indirect?.offset ?? 0, n * this.tableEntries * DESC_WORDS);
-    this.tableLo = (indirect?.iova ?? 0) | 0;
-    this.tableHi = Math.floor((indirect?.iova ?? 0) / 2 ** 32);
-    this.requestLo = (iova + layout.reqOffset) | 0;
-    this.requestHi = Math.floor(iova / 2 ** 32);
-    this.requestSize = layout.requestSize;
-    this.headerLength = frame?.headerLength ?? 0;
-    this.trailerOffset = frame?.trailerOffset ?? 0;
-    this.trailerLength = frame?.trailerLength ?? 0;
-    this.frameIndirect = this.tableEntries >= FRAME_ELEMENTS;
+    this.slots = new SlotMemory(options);
     this.directReserve = Math.max(FRAME_ELEMENTS - 1, n >> 1);
 
     this.next = Uint16Array.from({ length: n }, (_, i) => (i + 1) & this.mask);
@@ -138,7 +120,7 @@ export class SplitRing {
 
   /** Start a chain; see `Virtqueue.begin`. */
   begin(count: number): number {
-    const indirect = count > 1 && count <= this.tableEntries;
+    const indirect = count > 1 && count <= this.slots.tableEntries;
     if (this.numFree < (indirect ? 1 : count)) return -1;
     this.builder.start(count, indirect);
     this.buildHead = this.freeHead;
@@ -153,8 +135,8 @@ export class SplitRing {
     builder.add(length, isWritable);
     const flags = VIRTQ_DESC_F_NEXT | (isWritable ? VIRTQ_DESC_F_WRITE : 0);
     if (builder.indirect) {
-      const at = (this.buildHead * this.tableEntries + builder.count - 1) * DESC_WORDS;
-      writeDescriptor(this.table, at, lo, hi, length, flags | (builder.count << 16));
+      const at = this.slots.entryAt(this.buildHead, builder.count - 1);
+      writeDescriptor(this.slots.table, at, lo, hi, length, flags | (builder.count << 16));
       return;
     }
     const d = this.buildCursor;
@@ -172,7 +154,7 @@ export class SplitRing {
     const count = builder.count;
     if (builder.indirect) {
       // The last entry of a table has no NEXT; nothing of it is visible yet.
-      this.table[(head * this.tableEntries + count) * DESC_WORDS - 1] &= VIRTQ_DESC_F_WRITE;
+      this.slots.table[this.slots.entryAt(head, count) - 1] &= VIRTQ_DESC_F_WRITE;
       this.writeIndirect(head, count);
       this.take(head, head, 1, clampU32(builder.writable));
     } else {
@@ -190,15 +172,15 @@ export class SplitRing {
   /** Add header, one data element and trailer as one chain; see `Virtqueue.addFramed`. */
   addFramed(lo: number, hi: number, length: number, isWritable: boolean): number {
     const head = this.freeHead;
+    const { slots } = this;
     const flags = isWritable ? VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE : VIRTQ_DESC_F_NEXT;
-    const writable = isWritable ? length + this.trailerLength : this.trailerLength;
+    const writable = isWritable ? length + slots.trailerLength : slots.trailerLength;
     // Three descriptors in the ring cost the device less than a table that it has to fetch. Tables, which
     // take one, keep the second half of the ring good for as many requests as it has descriptors.
-    if (this.frameIndirect && this.numFree <= this.directReserve) {
+    if (slots.frameFits && this.numFree <= this.directReserve) {
       if (this.numFree === 0) return -1;
       if (this.shape[head] !== SHAPE_FRAME_INDIRECT) this.prepareIndirect(head);
-      const at = (head * this.tableEntries + 1) * DESC_WORDS;
-      writeDescriptor(this.table, at, lo, hi, length, flags | (2 << 16));
+      writeDescriptor(slots.table, slots.entryAt(head, 1), lo, hi, length, flags | (2 << 16));
       this.take(head, head, 1, writable);
       return head;
     }
@@ -334,11 +316,12 @@ export class SplitRing {
   }
 
   private prepareDirect(head: number, data: number, trailer: number): void {
-    const lo = (this.requestLo + head * this.requestSize) | 0;
-    const desc = this.desc;
-    writeDescriptor(desc, head * DESC_WORDS, lo, this.requestHi, this.headerLength, VIRTQ_DESC_F_NEXT | (data << 16));
-    const trailerLo = (lo + this.trailerOffset) | 0;
-    writeDescriptor(desc, trailer * DESC_WORDS, trailerLo, this.requestHi, this.trailerLength, VIRTQ_DESC_F_WRITE);
+    const { desc, slots } = this;
+    const headerTail = VIRTQ_DESC_F_NEXT | (data << 16);
+    const headerLo = slots.headerAddress(head);
+    const trailerLo = slots.trailerAddress(head);
+    writeDescriptor(desc, head * DESC_WORDS, headerLo, slots.requestHi, slots.headerLength, headerTail);
+    writeDescriptor(desc, trailer * DESC_WORDS, trailerLo, slots.requestHi, slots.trailerLength, VIRTQ_DESC_F_WRITE);
     // In order, descriptors are taken wherever the table stands, so that no chain finds its frame again.
     this.shape[head] = this.inOrder ? SHAPE_NONE : SHAPE_FRAME_DIRECT;
     this.shape[data] = SHAPE_NONE;
@@ -346,31 +329,17 @@ export class SplitRing {
   }
 
   private prepareIndirect(head: number): void {
-    const lo = (this.requestLo + head * this.requestSize) | 0;
-    const at = head * this.tableEntries * DESC_WORDS;
-    const table = this.table;
-    writeDescriptor(table, at, lo, this.requestHi, this.headerLength, VIRTQ_DESC_F_NEXT | (1 << 16));
-    const trailerLo = (lo + this.trailerOffset) | 0;
-    const trailerAt = at + 2 * DESC_WORDS;
-    writeDescriptor(table, trailerAt, trailerLo, this.requestHi, this.trailerLength, VIRTQ_DESC_F_WRITE);
+    this.slots.writeFrame(head, 2, VIRTQ_DESC_F_NEXT | (1 << 16), VIRTQ_DESC_F_WRITE);
     this.writeIndirect(head, FRAME_ELEMENTS);
     this.shape[head] = SHAPE_FRAME_INDIRECT;
   }
 
   private writeIndirect(head: number, count: number): void {
-    const lo = (this.tableLo + head * this.tableEntries * DESC_SIZE) | 0;
-    writeDescriptor(this.desc, head * DESC_WORDS, lo, this.tableHi, count * DESC_SIZE, VIRTQ_DESC_F_INDIRECT);
+    const lo = this.slots.tableAddress(head);
+    writeDescriptor(this.desc, head * DESC_WORDS, lo, this.slots.tableHi, count * DESC_SIZE, VIRTQ_DESC_F_INDIRECT);
   }
 
   private badId(id: number): Error {
     return brokenRing("used.ring id", id, "the head of a chain in flight");
   }
-}
-
-/** Write one `struct virtq_desc`; `tail` is flags in the low half, next in the high half. */
-function writeDescriptor(words: Int32Array, at: number, lo: number, hi: number, length: number, tail: number): void {
-  words[at] = lo;
-  words[at + 1] = hi;
-  words[at + 2] = length;
-  words[at + 3] = tail;
 }
