@@ -6,15 +6,12 @@ import type { BlockDevice, CompletionMode, VirtioBlkQueue } from "../devices/blk
 import { blkError } from "../devices/blk/status.js";
 import { rangeError, VirtioError } from "../errors.js";
 import type { DeviceBuffer } from "../memory/index.js";
-import { BlkRequestType, SECTOR_SIZE } from "../protocol/blk.js";
+import { SECTOR_SIZE } from "../protocol/blk.js";
+import { type TargetOptions, Targets } from "./bench-targets.js";
 import { LatencyHistogram } from "./histogram.js";
 
 /** What to measure. */
-export interface BenchJob {
-  readonly isWrite: boolean;
-  readonly isRandom: boolean;
-  /** Bytes of a request. */
-  readonly blockSize: number;
+export interface BenchJob extends TargetOptions {
   /** Requests in flight. */
   readonly depth: number;
   readonly mode: CompletionMode;
@@ -49,7 +46,7 @@ export async function runBench(disk: BlockDevice, job: BenchJob): Promise<BenchR
   const meter = new Meter(job);
   const targets = new Targets(job, disk.capacity);
   const memory = await disk.allocate(job.depth * job.blockSize);
-  if (job.isWrite) fillWithNoise(memory.bytes);
+  if (job.writes !== "none") fillWithNoise(memory.bytes);
   meter.start();
   if (job.api === "promise") await runPromises(disk, job, meter, targets, memory);
   else if (job.mode === "poll") await new CallbackRun(disk, job, meter, targets, memory).poll();
@@ -136,35 +133,6 @@ class Meter {
   }
 }
 
-/** Where the next request goes: block after block, or anywhere. */
-class Targets {
-  private readonly blocks: number;
-  private readonly isRandom: boolean;
-  private state = 0x2545f491;
-  private next = 0;
-
-  constructor(job: BenchJob, capacity: number) {
-    this.blocks = Math.floor(capacity / job.blockSize);
-    this.isRandom = job.isRandom;
-  }
-
-  /** Number of a block of the job's size. */
-  take(): number {
-    if (this.isRandom) {
-      // xorshift32: cheap, and good enough to defeat caches.
-      let x = this.state;
-      x ^= x << 13;
-      x ^= x >>> 17;
-      x ^= x << 5;
-      this.state = x;
-      return Math.floor(((x >>> 0) / 2 ** 32) * this.blocks);
-    }
-    const block = this.next;
-    this.next = block + 1 === this.blocks ? 0 : block + 1;
-    return block;
-  }
-}
-
 /** Requests by callbacks on one queue; nothing is allocated per request. */
 class CallbackRun {
   private readonly queue: VirtioBlkQueue;
@@ -180,6 +148,7 @@ class CallbackRun {
   private readonly begun = new Float64Array(1);
   private active = 0;
   private failedStatus = 0;
+  private failedType = 0;
   private kickScheduled = false;
 
   constructor(disk: BlockDevice, job: BenchJob, meter: Meter, targets: Targets, memory: DeviceBuffer) {
@@ -243,9 +212,9 @@ class CallbackRun {
   }
 
   private submit(part: number): void {
-    const { blockSize, isWrite } = this.job;
+    const { blockSize } = this.job;
     const sector = this.targets.take() * this.sectorsPerBlock;
-    const slot = isWrite
+    const slot = this.targets.isWrite
       ? this.queue.submitWrite(sector, this.memory, part * blockSize, blockSize)
       : this.queue.submitRead(sector, this.memory, part * blockSize, blockSize);
     if (slot < 0)
@@ -259,7 +228,10 @@ class CallbackRun {
 
   private complete(slot: number, status: number): void {
     this.active--;
-    if (status !== 0) this.failedStatus = status;
+    if (status !== 0) {
+      this.failedStatus = status;
+      this.failedType = this.queue.requestType(slot);
+    }
     this.begun[0] = this.since[slot];
     if (this.meter.isRunning && this.failedStatus === 0) this.submit(this.part[slot]);
     else this.meter.refresh();
@@ -267,8 +239,7 @@ class CallbackRun {
   }
 
   private throwIfFailed(): void {
-    if (this.failedStatus !== 0)
-      throw blkError(this.job.isWrite ? BlkRequestType.OUT : BlkRequestType.IN, this.failedStatus);
+    if (this.failedStatus !== 0) throw blkError(this.failedType, this.failedStatus);
   }
 }
 
@@ -280,7 +251,7 @@ async function runPromises(
   targets: Targets,
   memory: DeviceBuffer,
 ): Promise<void> {
-  const { blockSize: length, isWrite } = job;
+  const { blockSize: length } = job;
   const forget = (): void => meter.forget();
   // All that completes in the same turn of the event loop shares one look at the clock.
   const refresh = (): void => {
@@ -296,7 +267,7 @@ async function runPromises(
       refresh();
       since[part] = meter.time[0];
       const options = { position: targets.take() * length, offset, length };
-      if (isWrite) await disk.write(memory, options);
+      if (targets.isWrite) await disk.write(memory, options);
       else await disk.read(memory, options);
       refresh();
       meter.completed(since, part);

@@ -3,6 +3,7 @@
 import { Command, Option } from "commander";
 import type { BlockInfo } from "../index.js";
 import type { BenchJob, BenchResult } from "./bench-run.js";
+import type { WriteShare } from "./bench-targets.js";
 import {
   addressArgument,
   checkConsent,
@@ -19,8 +20,17 @@ import { narrate } from "./terminal.js";
 /** Milliseconds before counting begins. */
 const RAMP_MS = 300;
 
+/** The patterns of --rw, and which part of their requests writes. */
+const WRITES = {
+  randread: "none",
+  randwrite: "all",
+  randrw: "half",
+  read: "none",
+  write: "all",
+} as const satisfies Readonly<Record<string, WriteShare>>;
+
 interface BenchFlags extends DeviceFlags {
-  readonly rw: "randread" | "randwrite" | "read" | "write";
+  readonly rw: keyof typeof WRITES;
   readonly bs: number;
   readonly iodepth: number;
   readonly runtime: number;
@@ -37,8 +47,8 @@ export const command = withConsentOption(
       .description("Measure a block device: requests a second, latency, processor time.")
       .addArgument(addressArgument())
       .addOption(
-        new Option("--rw <pattern>", "what to do")
-          .choices(["randread", "randwrite", "read", "write"])
+        new Option("--rw <pattern>", "what to do; randrw reads and writes half and half")
+          .choices(Object.keys(WRITES))
           .default("randread"),
       )
       .option("--bs <size>", "bytes of a request", size, 4096)
@@ -74,10 +84,10 @@ Examples:
   .action(run);
 
 async function run(address: string, flags: BenchFlags): Promise<void> {
-  const isWrite = flags.rw.endsWith("write");
-  if (isWrite) checkConsent(address, flags);
+  const writes = WRITES[flags.rw];
+  if (writes !== "none") checkConsent(address, flags);
   const job: BenchJob = {
-    isWrite,
+    writes,
     isRandom: flags.rw.startsWith("rand"),
     blockSize: flags.bs,
     depth: flags.iodepth,
@@ -88,7 +98,7 @@ async function run(address: string, flags: BenchFlags): Promise<void> {
   };
   const options = {
     mode: job.mode,
-    readOnly: !isWrite,
+    readOnly: writes === "none",
     queueSize: queueSizeFor(job.depth),
   };
   const { runBench } = await import("./bench-run.js");

@@ -119,7 +119,7 @@ async function writeAndVerify(disk: BlockDevice): Promise<void> {
 async function tellSpeed(disk: BlockDevice, isOwn: boolean): Promise<void> {
   const { runBench } = await import("./bench-run.js");
   const { latency, ms } = await runBench(disk, {
-    ...{ isWrite: false, isRandom: true, blockSize: SPEED_BYTES, depth: SPEED_DEPTH, mode: "poll", api: "callback" },
+    ...{ writes: "none", isRandom: true, blockSize: SPEED_BYTES, depth: SPEED_DEPTH, mode: "poll", api: "callback" },
     ...{ rampMs: 200, runMs: SPEED_MS },
   });
   const iops = formatCount((latency.count / ms) * 1000);

@@ -73,7 +73,7 @@ describe("virtio", { concurrency: 2 }, () => {
     ],
     [
       "bench ram:1M --rw trim",
-      `${ARGUMENT}option '--rw <pattern>' argument 'trim' is invalid. Allowed choices are randread, randwrite, read, write; try: virtio help bench`,
+      `${ARGUMENT}option '--rw <pattern>' argument 'trim' is invalid. Allowed choices are randread, randwrite, randrw, read, write; try: virtio help bench`,
     ],
     [
       "bench ram:1M --iodepth 0",
@@ -85,6 +85,10 @@ describe("virtio", { concurrency: 2 }, () => {
     ],
     [
       "bench file:disk.img --rw randwrite",
+      `${ARGUMENT}this writes over what is on file:disk.img; if that may be lost, add --yes-overwrite; try: virtio help bench`,
+    ],
+    [
+      "bench file:disk.img --rw randrw",
       `${ARGUMENT}this writes over what is on file:disk.img; if that may be lost, add --yes-overwrite; try: virtio help bench`,
     ],
     [

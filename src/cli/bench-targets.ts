@@ -1,0 +1,49 @@
+/** Which block each request of `virtio bench` goes to, and whether it reads or writes. */
+
+/** Which part of the requests writes: none of them, every second one on average, all of them. */
+export type WriteShare = "none" | "half" | "all";
+
+/** What a {@link Targets} is made from. */
+export interface TargetOptions {
+  readonly writes: WriteShare;
+  readonly isRandom: boolean;
+  /** Bytes of a request. */
+  readonly blockSize: number;
+}
+
+/** Where the next request goes: block after block, or anywhere. */
+export class Targets {
+  /** Whether the request of the last {@link take} writes. */
+  isWrite: boolean;
+  /** Blocks of the disk. */
+  protected readonly blocks: number;
+  private readonly isMixed: boolean;
+  private readonly isRandom: boolean;
+  private state = 0x2545f491;
+  private next = 0;
+
+  /** `capacity` is the size of the disk in bytes. */
+  constructor(options: TargetOptions, capacity: number) {
+    this.blocks = Math.floor(capacity / options.blockSize);
+    this.isRandom = options.isRandom;
+    this.isMixed = options.writes === "half";
+    this.isWrite = options.writes === "all";
+  }
+
+  /** Number of a block of the job's size. */
+  take(): number {
+    if (this.isRandom) {
+      // xorshift32: cheap, and good enough to defeat caches.
+      let x = this.state;
+      x ^= x << 13;
+      x ^= x >>> 17;
+      x ^= x << 5;
+      this.state = x;
+      if (this.isMixed) this.isWrite = (x & 1) === 1; // the block comes from the upper bits
+      return Math.floor(((x >>> 0) / 2 ** 32) * this.blocks);
+    }
+    const block = this.next;
+    this.next = block + 1 === this.blocks ? 0 : block + 1;
+    return block;
+  }
+}
