@@ -261,6 +261,8 @@ export class VirtioBlkQueue {
       const status = this.bytes[slot * REQUEST_SIZE + STATUS_OFFSET];
       this.returnBuffers(slot);
       this.onComplete(slot, status, queue.usedLength);
+      // Nothing can have come: another look would only take the cache line from the device.
+      if (queue.inFlight === 0) break;
     }
     return count;
   }

@@ -128,12 +128,17 @@ export class Scheduler {
         ? queue.submitRead(sector, buffer, offset, length)
         : queue.submitWrite(sector, buffer, offset, length);
     if (slot < 0) return undefined;
+    this.outstanding++;
+    // A device with nothing to do gets the first request at once, before the promise is even made; those behind
+    // it are kicked together.
+    if (queue.inFlight === 1) this.kick(queue);
+    if (this.fatal !== undefined) return Promise.reject(this.fatal);
     const promise = new Promise<ReadResult<DeviceBuffer> | WriteResult<DeviceBuffer>>(capture);
     slots.resolve[slot] = capturedResolve;
     slots.reject[slot] = capturedReject;
     slots.buffer[slot] = buffer;
     slots.length[slot] = length;
-    this.started(queue);
+    this.scheduleFlush();
     return promise;
   }
 
@@ -217,17 +222,18 @@ export class Scheduler {
     this.becameIdle();
   }
 
+  private kick(queue: VirtioBlkQueue): void {
+    try {
+      queue.kick();
+    } catch (error) {
+      this.lose(asFatal(error));
+    }
+  }
+
   private nextSlots(): Slots {
     const slots = this.slots[this.turn];
     if (++this.turn === this.slots.length) this.turn = 0;
     return slots;
-  }
-
-  private started(queue: VirtioBlkQueue): void {
-    // A device with nothing to do gets the first request at once; those behind it are kicked together.
-    if (queue.inFlight === 1) queue.kick();
-    this.outstanding++;
-    this.scheduleFlush();
   }
 
   private complete(slots: Slots, slot: number, status: number, written: number): void {
