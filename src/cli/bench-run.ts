@@ -8,12 +8,15 @@ import { rangeError, VirtioError } from "../errors.js";
 import type { DeviceBuffer } from "../memory/index.js";
 import { SECTOR_SIZE } from "../protocol/blk.js";
 import { type TargetOptions, Targets } from "./bench-targets.js";
+import { VerifiedTargets } from "./bench-verify.js";
 import { LatencyHistogram } from "./histogram.js";
 
 /** What to measure. */
 export interface BenchJob extends TargetOptions {
   /** Requests in flight. */
   readonly depth: number;
+  /** Whether to check what was written, in reads between the writes and in a pass after the measurement. */
+  readonly verify: boolean;
   readonly mode: CompletionMode;
   readonly api: "callback" | "promise";
   /** Milliseconds before counting begins, in which the engine compiles what is hot. */
@@ -30,6 +33,8 @@ export interface BenchResult {
   readonly latency: LatencyHistogram;
   /** Processor time that this process used in that time, in microseconds. */
   readonly cpuMicros: number;
+  /** Reads that were compared with what had been written. */
+  readonly checked: number;
 }
 
 /** Polls between two turns of the event loop, in which a lost device is noticed: a millisecond or more. */
@@ -38,20 +43,41 @@ const POLLS_PER_TURN = 100_000;
 const SILENCE_MS = 10_000;
 const NOTHING = Promise.resolve();
 
-/** Run one job on an open device that nobody else uses. */
+/**
+ * Run one job on an open device that nobody else uses.
+ *
+ * @throws VirtioError ERR_VIRTIO_IO when the verification finds something else than was written.
+ */
 export async function runBench(disk: BlockDevice, job: BenchJob): Promise<BenchResult> {
   if (job.blockSize % disk.blockSize !== 0 || job.blockSize === 0 || job.blockSize > disk.capacity) {
     throw rangeError("--bs", `a multiple of ${disk.blockSize}, at most ${disk.capacity}`, job.blockSize);
   }
   const meter = new Meter(job);
-  const targets = new Targets(job, disk.capacity);
   const memory = await disk.allocate(job.depth * job.blockSize);
   if (job.writes !== "none") fillWithNoise(memory.bytes);
+  const targets = job.verify ? new VerifiedTargets(job, disk.capacity, memory.bytes) : new Targets(job, disk.capacity);
+  const run = runner(disk, job, meter, targets, memory);
   meter.start();
-  if (job.api === "promise") await runPromises(disk, job, meter, targets, memory);
-  else if (job.mode === "poll") await new CallbackRun(disk, job, meter, targets, memory).poll();
-  else await new CallbackRun(disk, job, meter, targets, memory).listen();
-  return meter.result();
+  await run();
+  if (targets.failure === undefined && targets.readBack()) {
+    meter.runUncounted();
+    await run();
+  }
+  if (targets.failure !== undefined) throw targets.failure;
+  return { ...meter.result(), checked: targets.checked };
+}
+
+/** What keeps requests in flight until the meter or the targets say that it is enough. */
+function runner(
+  disk: BlockDevice,
+  job: BenchJob,
+  meter: Meter,
+  targets: Targets,
+  memory: DeviceBuffer,
+): () => Promise<void> {
+  if (job.api === "promise") return () => runPromises(disk, job, meter, targets, memory);
+  const run = new CallbackRun(disk, job, meter, targets, memory);
+  return () => (job.mode === "poll" ? run.poll() : run.listen());
 }
 
 /**
@@ -84,6 +110,13 @@ class Meter {
     this.forget();
   }
 
+  /** Keep requests in flight again, after the counting, until there are none. */
+  runUncounted(): void {
+    this.rampEnd = Number.POSITIVE_INFINITY;
+    this.isRunning = true;
+    this.forget();
+  }
+
   /** Look at the clock, unless that was done since the last {@link forget}. */
   refresh(): void {
     if (this.isStale) this.look();
@@ -111,7 +144,7 @@ class Meter {
   }
 
   /** The counts, once {@link isRunning} is false. */
-  result(): BenchResult {
+  result(): Omit<BenchResult, "checked"> {
     const { user, system } = this.cpu;
     return { ms: this.end - this.begin, latency: this.latency, cpuMicros: user + system };
   }
@@ -213,7 +246,9 @@ class CallbackRun {
 
   private submit(part: number): void {
     const { blockSize } = this.job;
-    const sector = this.targets.take() * this.sectorsPerBlock;
+    const block = this.targets.take(part);
+    if (block < 0) return;
+    const sector = block * this.sectorsPerBlock;
     const slot = this.targets.isWrite
       ? this.queue.submitWrite(sector, this.memory, part * blockSize, blockSize)
       : this.queue.submitRead(sector, this.memory, part * blockSize, blockSize);
@@ -231,7 +266,7 @@ class CallbackRun {
     if (status !== 0) {
       this.failedStatus = status;
       this.failedType = this.queue.requestType(slot);
-    }
+    } else if (!this.targets.completed(this.part[slot])) this.meter.isRunning = false;
     this.begun[0] = this.since[slot];
     if (this.meter.isRunning && this.failedStatus === 0) this.submit(this.part[slot]);
     else this.meter.refresh();
@@ -266,11 +301,14 @@ async function runPromises(
     while (meter.isRunning) {
       refresh();
       since[part] = meter.time[0];
-      const options = { position: targets.take() * length, offset, length };
+      const block = targets.take(part);
+      if (block < 0) return;
+      const options = { position: block * length, offset, length };
       if (targets.isWrite) await disk.write(memory, options);
       else await disk.read(memory, options);
       refresh();
       meter.completed(since, part);
+      if (!targets.completed(part)) meter.isRunning = false;
     }
   };
   let isDone = false;
@@ -295,13 +333,13 @@ async function runPromises(
       }
       await nextTurn();
     }
-    return loops;
   };
-  await unlessSilent(meter, job.mode === "poll" ? polled() : loops);
+  // Both are listened to from the start: a request may fail while the other waits for the event loop.
+  await unlessSilent(meter, job.mode === "poll" ? Promise.all([polled(), loops]) : loops);
 }
 
 /** Wait for `work`, but not for a device that has fallen silent. */
-async function unlessSilent(meter: Meter, work: Promise<void>): Promise<void> {
+async function unlessSilent(meter: Meter, work: Promise<unknown>): Promise<void> {
   let watchdog: NodeJS.Timeout | undefined;
   const silence = new Promise<never>((_, reject) => {
     watchdog = setInterval(() => {

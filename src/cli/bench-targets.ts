@@ -1,5 +1,7 @@
 /** Which block each request of `virtio bench` goes to, and whether it reads or writes. */
 
+import type { VirtioError } from "../errors.js";
+
 /** Which part of the requests writes: none of them, every second one on average, all of them. */
 export type WriteShare = "none" | "half" | "all";
 
@@ -30,8 +32,11 @@ export class Targets {
     this.isWrite = options.writes === "all";
   }
 
-  /** Number of a block of the job's size. */
-  take(): number {
+  /**
+   * Number of the block for the next request, which will use part `_part` of the memory; -1 when there is nothing
+   * more to do.
+   */
+  take(_part: number): number {
     if (this.isRandom) {
       // xorshift32: cheap, and good enough to defeat caches.
       let x = this.state;
@@ -45,5 +50,25 @@ export class Targets {
     const block = this.next;
     this.next = block + 1 === this.blocks ? 0 : block + 1;
     return block;
+  }
+
+  /** The request that used part `_part` of the memory has succeeded. False: what it read is wrong; see {@link failure}. */
+  completed(_part: number): boolean {
+    return true;
+  }
+
+  /** From now on read what was written. False: there is nothing to read. */
+  readBack(): boolean {
+    return false;
+  }
+
+  /** Reads that were compared with what had been written. */
+  get checked(): number {
+    return 0;
+  }
+
+  /** What was wrong with what was read, if anything was. */
+  get failure(): VirtioError | undefined {
+    return undefined;
   }
 }

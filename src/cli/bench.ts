@@ -8,6 +8,7 @@ import {
   addressArgument,
   checkConsent,
   type DeviceFlags,
+  usageError,
   withConsentOption,
   withDevice,
   withDeviceOptions,
@@ -36,6 +37,7 @@ interface BenchFlags extends DeviceFlags {
   readonly runtime: number;
   readonly mode: BenchJob["mode"];
   readonly api: BenchJob["api"];
+  readonly verify?: true;
   readonly json?: true;
   readonly yesOverwrite?: true;
 }
@@ -67,6 +69,7 @@ export const command = withConsentOption(
           .choices(["callback", "promise"])
           .default("callback"),
       )
+      .option("--verify", "mark what is written, and check all of it when it is read back")
       .option("--json", "print the result as JSON"),
   ),
 )
@@ -74,23 +77,29 @@ export const command = withConsentOption(
     "after",
     `
 Latency counts from submission to the moment the program sees the completion. The processor time is that of this
-process alone; a back-end has its own. Writes go anywhere on the disk and need consent.
+process alone; a back-end has its own. Writes go anywhere on the disk and need consent. With --verify every block
+written carries its number and a generation; reads of such blocks are checked on the way, and all of them after the
+measurement. The first byte that differs ends the run with exit code 1. The checks cost speed.
 
 Examples:
   virtio bench ram:256M
   virtio bench vhost-user:/run/disk.sock --rw randread --bs 4K --iodepth 32 --mode event --api promise
-  virtio bench vhost-user:/run/scratch.sock --rw write --bs 1M --iodepth 4 --yes-overwrite --json`,
+  virtio bench vhost-user:/run/scratch.sock --rw write --bs 1M --iodepth 4 --yes-overwrite --json
+  virtio bench ram:256M --rw randrw --verify`,
   )
   .action(run);
 
 async function run(address: string, flags: BenchFlags): Promise<void> {
   const writes = WRITES[flags.rw];
   if (writes !== "none") checkConsent(address, flags);
+  else if (flags.verify === true)
+    throw usageError("--verify checks what was written; add --rw write, randwrite or randrw");
   const job: BenchJob = {
     writes,
     isRandom: flags.rw.startsWith("rand"),
     blockSize: flags.bs,
     depth: flags.iodepth,
+    verify: flags.verify === true,
     mode: flags.mode,
     api: flags.api,
     rampMs: RAMP_MS,
@@ -138,6 +147,7 @@ function toTable(flags: BenchFlags, result: BenchResult): string {
     ["latency, p99", formatNs(latency.percentile(0.99))],
     ["latency, max", formatNs(latency.max)],
     ["processor time a request", formatNs(cpuNsOf(result))],
+    ...(flags.verify === true ? [["reads verified", formatCount(result.checked)]] : []),
   ]).join("\n");
 }
 
@@ -155,6 +165,7 @@ function toJson(address: string, flags: BenchFlags, info: BlockInfo, result: Ben
         ...{ p99: whole(latency.percentile(0.99)), max: whole(latency.max) },
       },
       cpuNsPerRequest: whole(cpuNsOf(result)),
+      ...(flags.verify === true && { verified: result.checked }),
     },
     undefined,
     2,

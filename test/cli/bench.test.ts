@@ -7,11 +7,14 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, describe, test } from "node:test";
 import { Targets, type WriteShare } from "../../src/cli/bench-targets.js";
+import { VerifiedTargets } from "../../src/cli/bench-verify.js";
+import { RamStorage, VhostUserBackend } from "../../src/backend/index.js";
 import { virtio } from "./command.js";
 
 const folder = mkdtempSync(join(tmpdir(), "virtio-bench-"));
 after(() => rmSync(folder, { recursive: true }));
 
+const KIB = 1 << 10;
 const MIB = 1 << 20;
 
 test("random targets reach every block, and no other; half of a mixture writes", () => {
@@ -25,7 +28,7 @@ test("random targets reach every block, and no other; half of a mixture writes",
     const reached = { reads: new Set<number>(), writes: new Set<number>() };
     let written = 0;
     for (let i = 0; i < 10_000; i++) {
-      const block = targets.take();
+      const block = targets.take(0);
       reached[targets.isWrite ? "writes" : "reads"].add(block);
       if (targets.isWrite) written++;
     }
@@ -35,6 +38,120 @@ test("random targets reach every block, and no other; half of a mixture writes",
     assert.deepEqual(sorted(reached.reads), writes === "all" ? [] : all);
     assert.deepEqual(sorted(reached.writes), writes === "none" ? [] : all);
   }
+});
+
+/** Verified targets of `blocks` blocks of 1 KiB, with memory for `depth` requests, and a disk that does them. */
+function verified(blocks: number, depth: number, writes: WriteShare = "half") {
+  const memory = new Uint8Array(depth * KIB);
+  const disk = new Uint8Array(blocks * KIB);
+  const options = { writes, isRandom: writes === "half", blockSize: KIB, depth };
+  const targets = new VerifiedTargets(options, disk.length, memory);
+  const transfer = (part: number, block: number): void => {
+    const ofMemory = memory.subarray(part * KIB, (part + 1) * KIB);
+    const ofDisk = disk.subarray(block * KIB, (block + 1) * KIB);
+    if (targets.isWrite) ofDisk.set(ofMemory);
+    else ofMemory.set(ofDisk);
+  };
+  return { disk, targets, transfer };
+}
+
+/** Read back all that was written, one request at a time, until something is wrong. */
+function readBack({ targets, transfer }: ReturnType<typeof verified>): number {
+  assert.ok(targets.readBack());
+  let reads = 0;
+  for (let block = targets.take(0); block >= 0; block = targets.take(0)) {
+    transfer(0, block);
+    reads++;
+    if (!targets.completed(0)) break;
+  }
+  return reads;
+}
+
+describe("verification", () => {
+  test("an honest disk passes; no two requests in flight share a block", () => {
+    const run = verified(16, 16);
+    const { targets, transfer } = run;
+    const inFlight = new Set<number>();
+    const blockOf: number[] = [];
+    for (let part = 0; part < 16; part++) {
+      blockOf[part] = targets.take(part);
+      transfer(part, blockOf[part]);
+      inFlight.add(blockOf[part]);
+    }
+    assert.equal(inFlight.size, 16);
+    for (let i = 0; i < 5000; i++) {
+      const part = (i * 7) % 16;
+      assert.ok(targets.completed(part));
+      inFlight.delete(blockOf[part]);
+      blockOf[part] = targets.take(part);
+      assert.ok(!inFlight.has(blockOf[part]));
+      inFlight.add(blockOf[part]);
+      transfer(part, blockOf[part]);
+    }
+    for (let part = 0; part < 16; part++) assert.ok(targets.completed(part));
+    const before = targets.checked;
+    assert.ok(before > 1000);
+    assert.equal(readBack(run), 16);
+    assert.deepEqual([targets.checked, targets.failure], [before + 16, undefined]);
+  });
+
+  test("only blocks that the run has written are read back", () => {
+    const run = verified(8, 1, "all");
+    assert.ok(!run.targets.readBack());
+    const other = verified(8, 1, "all");
+    for (let i = 0; i < 3; i++) {
+      other.transfer(0, other.targets.take(0));
+      other.targets.completed(0);
+    }
+    assert.equal(readBack(other), 3);
+  });
+
+  const lies: readonly (readonly [string, number, (disk: Uint8Array) => void, RegExp])[] = [
+    [
+      "a changed byte",
+      8,
+      (disk) => disk[3 * KIB + 517]++,
+      /offset 3584: expected block 3, generation 1, found something/,
+    ],
+    ["a last byte", 8, (disk) => disk[8 * KIB - 1]++, /offset 8176: expected block 7, generation 1, found something/],
+    [
+      "a block in the place of another",
+      8,
+      (disk) => disk.copyWithin(2 * KIB, 5 * KIB, 6 * KIB),
+      /offset 2048: expected block 2, generation 1, found block 5, generation 1, which this run wrote too$/,
+    ],
+    [
+      "a block of zeroes",
+      8,
+      (disk) => disk.fill(0, KIB, 2 * KIB),
+      /offset 1024: .* found something that this run never/,
+    ],
+  ];
+  for (const [lie, writes, tell, expected] of lies) {
+    test(`${lie} is found`, () => {
+      const run = verified(8, 1, "all");
+      for (let i = 0; i < writes; i++) {
+        run.transfer(0, run.targets.take(0));
+        run.targets.completed(0);
+      }
+      tell(run.disk);
+      readBack(run);
+      assert.match(run.targets.failure?.message ?? "", expected);
+    });
+  }
+
+  test("a lost write is found", () => {
+    const run = verified(4, 1, "all");
+    for (let i = 0; i < 7; i++) {
+      const block = run.targets.take(0);
+      if (i !== 5) run.transfer(0, block); // the second one to block 1
+      run.targets.completed(0);
+    }
+    readBack(run);
+    const expected =
+      /offset 1024: expected block 1, generation 2, found block 1, generation 1, which this run wrote too$/;
+    assert.match(run.targets.failure?.message ?? "", expected);
+  });
 });
 
 describe("virtio bench", { concurrency: 1 }, () => {
@@ -69,6 +186,50 @@ describe("virtio bench", { concurrency: 1 }, () => {
       assert.match(stdout.toString(), /^requests a second +\d[^]*latency, p99 +\d[^]*processor time a request +\d/);
     });
   }
+
+  for (const [rw, mode, api] of [
+    ["randrw", "poll", "callback"],
+    ["randrw", "poll", "promise"],
+    ["randwrite", "event", "callback"],
+    ["write", "hybrid", "promise"],
+  ]) {
+    const words = `bench ram:1M --runtime 0.05 --iodepth 8 --verify --rw ${rw} --mode ${mode} --api ${api}`.split(" ");
+    test(`${words.slice(6).join(" ")} passes on an honest disk, and is caught by one that is not`, async () => {
+      const honest = await virtio([...words, "--json"]);
+      assert.deepEqual([honest.code, honest.stderr], [0, ""]);
+      assert.ok((JSON.parse(honest.stdout.toString()) as BenchJson).verified > 0);
+
+      const storage = new RamStorage(MIB);
+      const path = join(folder, "liar.sock");
+      const liar = {
+        capacity: storage.capacity,
+        read: (offset: number, into: Uint8Array) => storage.read(offset, into),
+        // What goes to one of the blocks is lost.
+        write: (offset: number, from: Uint8Array) => (offset === 8192 ? undefined : storage.write(offset, from)),
+        flush: () => undefined,
+      };
+      const backend = VhostUserBackend.listen({ path, storage: liar });
+      try {
+        const lied = await virtio([words[0], `vhost-user:${path}`, ...words.slice(2), "--yes-overwrite"]);
+        assert.deepEqual([lied.code, lied.stdout.toString()], [1, ""]);
+        assert.match(
+          lied.stderr,
+          /virtio: ERR_VIRTIO_IO: verification failed at offset 8192: expected block 2, gen.* never wrote\n$/,
+        );
+      } finally {
+        await backend.close();
+      }
+    });
+  }
+
+  test("--verify refuses more requests in flight than the disk has blocks", async () => {
+    const { code, stderr } = await virtio("bench ram:1M --rw write --verify --bs 64K --iodepth 17".split(" "));
+    assert.equal(code, 2);
+    assert.match(
+      stderr,
+      /"--iodepth" expected at most 16 with --verify, one request for each block of the disk, got 17\n$/,
+    );
+  });
 
   test("writes over a file with consent only", async () => {
     const path = join(folder, "disk.img");
@@ -107,4 +268,5 @@ interface BenchJson {
   readonly bytesPerSecond: number;
   readonly latencyNs: Readonly<Record<"min" | "mean" | "p50" | "p99" | "max", number>>;
   readonly cpuNsPerRequest: number;
+  readonly verified: number;
 }

@@ -92,6 +92,10 @@ describe("virtio", { concurrency: 2 }, () => {
       `${ARGUMENT}this writes over what is on file:disk.img; if that may be lost, add --yes-overwrite; try: virtio help bench`,
     ],
     [
+      "bench ram:1M --verify",
+      `${ARGUMENT}--verify checks what was written; add --rw write, randwrite or randrw; try: virtio help bench`,
+    ],
+    [
       "demo vhost-user:/run/disk.sock",
       `${ARGUMENT}this writes over what is on vhost-user:/run/disk.sock; if that may be lost, add --yes-overwrite; try: virtio help demo`,
     ],
