@@ -33,6 +33,7 @@ export {
   type LayoutArea,
   type LayoutField,
   type RequestFrame,
+  SegmentList,
   VirtioFeature,
   Virtqueue,
   VirtqueueLayout,

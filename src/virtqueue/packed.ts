@@ -18,6 +18,7 @@ import {
   DESC_WORDS,
   FRAME_ELEMENTS,
   type RingOptions,
+  type SegmentList,
   SHAPE_FRAME_INDIRECT,
   SHAPE_NONE,
   SlotMemory,
@@ -208,6 +209,50 @@ export class PackedRing {
     const tail = isWritable ? VIRTQ_DESC_F_WRITE << 16 : 0;
     writeDescriptor(slots.table, slots.entryAt(id, 1), lo, hi, length, tail);
     this.takeIndirect(id, FRAME_ELEMENTS, isWritable ? length + slots.trailerLength : slots.trailerLength);
+    return id;
+  }
+
+  /** Add header, any number of data elements and trailer as one chain; see `Virtqueue.addFramedList`. */
+  addFramedList(list: SegmentList, isWritable: boolean): number {
+    const { slots } = this;
+    const { count } = list;
+    const elements = count + 2;
+    const indirect = elements <= slots.tableEntries;
+    if (this.numFree < (indirect ? 1 : elements) || this.numIds === 0) return -1;
+    const id = this.nextId();
+    const write = isWritable ? VIRTQ_DESC_F_WRITE : 0;
+    const writable = clampU32(isWritable ? list.bytes + slots.trailerLength : slots.trailerLength);
+    if (indirect) {
+      slots.writeFrame(id, count + 1, 0, VIRTQ_DESC_F_WRITE << 16);
+      for (let i = 0, at = slots.entryAt(id, 1); i < count; i++, at += DESC_WORDS) {
+        writeDescriptor(slots.table, at, list.lo[i], list.hi[i], list.length[i], write << 16);
+      }
+      this.shape[id] = SHAPE_NONE;
+      this.takeIndirect(id, elements, writable);
+      return id;
+    }
+    const { desc } = this;
+    let cursor = this.nextAvail;
+    let bits = this.availBits;
+    const headTail = id | ((VIRTQ_DESC_F_NEXT | bits) << 16);
+    desc[cursor * DESC_WORDS] = slots.headerAddress(id);
+    desc[cursor * DESC_WORDS + 1] = slots.requestHi;
+    desc[cursor * DESC_WORDS + 2] = slots.headerLength;
+    for (let i = 0; i <= count; i++) {
+      if (++cursor === this.size) {
+        cursor = 0;
+        bits ^= USED_MASK;
+      }
+      const at = cursor * DESC_WORDS;
+      if (i < count) {
+        const tail = id | ((VIRTQ_DESC_F_NEXT | write | bits) << 16);
+        writeDescriptor(desc, at, list.lo[i], list.hi[i], list.length[i], tail);
+      } else {
+        const tail = id | ((VIRTQ_DESC_F_WRITE | bits) << 16);
+        writeDescriptor(desc, at, slots.trailerAddress(id), slots.requestHi, slots.trailerLength, tail);
+      }
+    }
+    this.take(id, headTail, elements, writable);
     return id;
   }
 

@@ -18,6 +18,7 @@ import {
   DESC_WORDS,
   FRAME_ELEMENTS,
   type RingOptions,
+  type SegmentList,
   SHAPE_FRAME_DIRECT,
   SHAPE_FRAME_INDIRECT,
   SHAPE_NONE,
@@ -190,6 +191,40 @@ export class SplitRing {
     if (this.shape[head] !== SHAPE_FRAME_DIRECT) this.prepareDirect(head, data, trailer);
     writeDescriptor(this.desc, data * DESC_WORDS, lo, hi, length, flags | (trailer << 16));
     this.take(head, trailer, FRAME_ELEMENTS, writable);
+    return head;
+  }
+
+  /** Add header, any number of data elements and trailer as one chain; see `Virtqueue.addFramedList`. */
+  addFramedList(list: SegmentList, isWritable: boolean): number {
+    const head = this.freeHead;
+    const { slots } = this;
+    const { count } = list;
+    const elements = count + 2;
+    const flags = isWritable ? VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE : VIRTQ_DESC_F_NEXT;
+    const writable = clampU32(isWritable ? list.bytes + slots.trailerLength : slots.trailerLength);
+    if (elements <= slots.tableEntries) {
+      if (this.numFree === 0) return -1;
+      slots.writeFrame(head, count + 1, VIRTQ_DESC_F_NEXT | (1 << 16), VIRTQ_DESC_F_WRITE);
+      for (let i = 0, at = slots.entryAt(head, 1); i < count; i++, at += DESC_WORDS) {
+        writeDescriptor(slots.table, at, list.lo[i], list.hi[i], list.length[i], flags | ((i + 2) << 16));
+      }
+      this.writeIndirect(head, elements);
+      this.shape[head] = SHAPE_NONE;
+      this.take(head, head, 1, writable);
+      return head;
+    }
+    if (this.numFree < elements) return -1;
+    let last = this.next[head];
+    for (let i = 0; i < count; i++) {
+      const next = this.next[last];
+      const at = last * DESC_WORDS;
+      writeDescriptor(this.desc, at, list.lo[i], list.hi[i], list.length[i], flags | (next << 16));
+      this.shape[last] = SHAPE_NONE;
+      last = next;
+    }
+    this.prepareDirect(head, this.next[head], last);
+    this.shape[head] = SHAPE_NONE;
+    this.take(head, last, elements, writable);
     return head;
   }
 

@@ -5,7 +5,7 @@ import { DESC_ALIGN, DESC_SIZE } from "./defs.js";
 import { VirtioFeature } from "./features.js";
 import type { VirtqueueLayout } from "./layout.js";
 import { PackedRing } from "./packed.js";
-import type { IndirectTables, RequestFrame, RingOptions } from "./ring.js";
+import type { IndirectTables, RequestFrame, RingOptions, SegmentList } from "./ring.js";
 import { SplitRing } from "./split.js";
 
 /** What a {@link Virtqueue} is made from. */
@@ -177,6 +177,19 @@ export class Virtqueue {
     return this.isPacked
       ? this.packed.addFramed(lo, hi, length, isWritable)
       : this.split.addFramed(lo, hi, length, isWritable);
+  }
+
+  /**
+   * The same for a request with any number of data elements, also none: all readable or all writable.
+   *
+   * @param list - the data elements; at most {@link maxElements} - 2. The caller keeps the list.
+   * @returns the slot, or -1 when there is no room.
+   * @throws RangeError when the chain would be longer than the queue.
+   */
+  addFramedList(list: SegmentList, isWritable: boolean): number {
+    if (this.broken !== undefined) throw this.broken;
+    if (list.count + 2 > this.maxElements) throw rangeError("list", `at most ${this.maxElements - 2}`, list.count);
+    return this.isPacked ? this.packed.addFramedList(list, isWritable) : this.split.addFramedList(list, isWritable);
   }
 
   /**

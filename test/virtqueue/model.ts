@@ -1,7 +1,7 @@
 /** A driver's ring, a device's ring and a simple model of both, moved step by step by property tests. */
 
 import assert from "node:assert/strict";
-import { VirtioFeature, Virtqueue, VirtqueueLayout } from "../../src/virtqueue/index.js";
+import { SegmentList, VirtioFeature, Virtqueue, VirtqueueLayout } from "../../src/virtqueue/index.js";
 import { DescriptorChain, DeviceMemory, DeviceVirtqueue } from "../../src/virtqueue/index.js";
 
 /** Address of the first byte of the shared memory; the upper half is not 0, so that mixing halves up shows. */
@@ -62,6 +62,7 @@ export class Pair {
   private readonly pushed: Chain[] = [];
   /** Visible to the driver, in the order in which it must find them. */
   private readonly used: Chain[] = [];
+  private readonly list = new SegmentList(16);
   private readonly slots = new Set<number>();
   private freeDescriptors: number;
   /** The device found nothing and waits: the next publish must notify. */
@@ -149,6 +150,30 @@ export class Pair {
     const header = { offset: request, length: 16, writable: false };
     const trailer = { offset: request + 16, length: 1, writable: true };
     this.take({ slot, elements: [header, data, trailer], ringCount, written: -1 });
+  }
+
+  /** Add a framed request with `count` data elements by one call. */
+  addFramedList(count: number, seed: number, writable: boolean): void {
+    const { queueSize, tableEntries } = this.options;
+    if (count + 2 > queueSize) return;
+    const data = Array.from({ length: count }, (_, i) => this.element(seed + i, writable));
+    this.list.clear();
+    for (const { offset, length } of data) {
+      const address = BASE + offset;
+      this.list.add(address | 0, Math.floor(address / 2 ** 32), length);
+    }
+    const slot = this.driver.addFramedList(this.list, writable);
+    const ringCount = count + 2 <= tableEntries ? 1 : count + 2;
+    if (ringCount > this.freeDescriptors) {
+      assert.equal(slot, -1, "addFramedList() must refuse a request for which there is no room");
+      return;
+    }
+    assert.ok(slot >= 0 && !this.slots.has(slot), `slot ${slot} is not free`);
+    this.steps++;
+    const request = this.driver.slotOffset(slot);
+    const header = { offset: request, length: 16, writable: false };
+    const trailer = { offset: request + 16, length: 1, writable: true };
+    this.take({ slot, elements: [header, ...data, trailer], ringCount, written: -1 });
   }
 
   publish(): void {

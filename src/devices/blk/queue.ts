@@ -13,6 +13,7 @@ import type { QueueNotifier, QueueSetup } from "../../transports/transport.js";
 import {
   DESC_SIZE,
   type IndirectTables,
+  SegmentList,
   VIRTQUEUE_MAX_SIZE,
   VirtioFeature,
   Virtqueue,
@@ -102,8 +103,7 @@ export class VirtioBlkQueue {
   private readonly queue: Virtqueue;
   private readonly words: Int32Array;
   private readonly bytes: Uint8Array;
-  private readonly requestLo: number;
-  private readonly requestHi: number;
+  private readonly list: SegmentList;
   private readonly types: Uint8Array;
   private readonly lent: (DeviceBuffer | undefined)[];
   private readonly lentMore: (readonly DeviceBuffer[] | undefined)[];
@@ -133,8 +133,7 @@ export class VirtioBlkQueue {
       driverArea: memory.iova + layout.driverAreaOffset,
       deviceArea: memory.iova + layout.deviceAreaOffset,
     };
-    this.requestLo = (memory.iova + layout.reqOffset) % 2 ** 32;
-    this.requestHi = Math.floor(memory.iova / 2 ** 32);
+    this.list = new SegmentList(limits.maxSegments);
     this.words = new Int32Array(memory.buffer, this.queue.requestOffset, queueSize * REQUEST_WORDS);
     this.bytes = new Uint8Array(memory.buffer, this.queue.requestOffset, queueSize * REQUEST_SIZE);
     this.words.fill(0);
@@ -218,21 +217,17 @@ export class VirtioBlkQueue {
     if (elements > maxSegments) throw rangeError("segments", `at most ${maxSegments} data elements`, elements);
     if (type === BlkRequestType.IN || type === BlkRequestType.OUT) this.checkSectors(sector, bytes);
 
-    const queue = this.queue;
-    const slot = queue.begin(elements + 2);
-    if (slot < 0) return -1;
-    const requestLo = (this.requestLo + slot * REQUEST_SIZE) | 0;
-    queue.push(requestLo, this.requestHi, BLK_HEADER_SIZE, false);
+    const { list } = this;
+    list.clear();
     for (const { buffer, offset, length } of segments) {
       for (let done = 0; done < length; done += maxSegmentBytes) {
-        const piece = Math.min(maxSegmentBytes, length - done);
         const lo = buffer.iovaLo + offset + done;
-        queue.push(lo | 0, buffer.iovaHi + Math.floor(lo / 2 ** 32), piece, deviceWrites);
+        list.add(lo | 0, buffer.iovaHi + Math.floor(lo / 2 ** 32), Math.min(maxSegmentBytes, length - done));
       }
-      buffer.retain();
     }
-    queue.push((requestLo + STATUS_OFFSET) | 0, this.requestHi, BLK_STATUS_SIZE, true);
-    queue.commit();
+    const slot = this.queue.addFramedList(list, deviceWrites);
+    if (slot < 0) return -1;
+    for (const { buffer } of segments) buffer.retain();
     this.writeHeader(slot, type, sector);
     this.lentMore[slot] = segments.map(({ buffer }) => buffer);
     return slot;
