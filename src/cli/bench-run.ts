@@ -46,9 +46,14 @@ const NOTHING = Promise.resolve();
 /**
  * Run one job on an open device that nobody else uses.
  *
+ * @param watch - is given the counts before the measurement begins; what it returns is called when that ends.
  * @throws VirtioError ERR_VIRTIO_IO when the verification finds something else than was written.
  */
-export async function runBench(disk: BlockDevice, job: BenchJob): Promise<BenchResult> {
+export async function runBench(
+  disk: BlockDevice,
+  job: BenchJob,
+  watch: (latency: LatencyHistogram) => () => void = () => () => undefined,
+): Promise<BenchResult> {
   if (job.blockSize % disk.blockSize !== 0 || job.blockSize === 0 || job.blockSize > disk.capacity) {
     throw rangeError("--bs", `a multiple of ${disk.blockSize}, at most ${disk.capacity}`, job.blockSize);
   }
@@ -57,8 +62,13 @@ export async function runBench(disk: BlockDevice, job: BenchJob): Promise<BenchR
   if (job.writes !== "none") fillWithNoise(memory.bytes);
   const targets = job.verify ? new VerifiedTargets(job, disk.capacity, memory.bytes) : new Targets(job, disk.capacity);
   const run = runner(disk, job, meter, targets, memory);
-  meter.start();
-  await run();
+  const unwatch = watch(meter.latency);
+  try {
+    meter.start();
+    await run();
+  } finally {
+    unwatch();
+  }
   if (targets.failure === undefined && targets.readBack()) {
     meter.runUncounted();
     await run();
@@ -87,7 +97,8 @@ function runner(
 class Meter {
   /** Whether requests are to be kept in flight. */
   isRunning = true;
-  private readonly latency = new LatencyHistogram();
+  /** The latencies counted so far. */
+  readonly latency = new LatencyHistogram();
   private readonly job: BenchJob;
   /** Milliseconds when the clock was looked at last. In an array: a number that a call returns would be allocated. */
   readonly time = new Float64Array(1);

@@ -110,11 +110,11 @@ async function run(address: string, flags: BenchFlags): Promise<void> {
     readOnly: writes === "none",
     queueSize: queueSizeFor(job.depth),
   };
-  const { runBench } = await import("./bench-run.js");
+  const [{ runBench }, { showLive }] = await Promise.all([import("./bench-run.js"), import("./bench-live.js")]);
   await withDevice(address, flags, options, async (disk) => {
     const { info } = disk;
     if (flags.json !== true) narrate(`${describe(address, flags)}, ${info.format} queue`);
-    const result = await runBench(disk, job);
+    const result = await runBench(disk, job, (latency) => showLive(latency, job.blockSize));
     process.stdout.write(`${flags.json === true ? toJson(address, flags, info, result) : toTable(flags, result)}\n`);
   });
 }

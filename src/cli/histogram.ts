@@ -24,6 +24,26 @@ export class LatencyHistogram {
     if (ns < this.shortest) this.shortest = ns;
   }
 
+  /** The counts as they are now. */
+  copy(): LatencyHistogram {
+    const copy = new LatencyHistogram();
+    copy.counts.set(this.counts);
+    copy.sum = this.sum;
+    copy.total = this.total;
+    copy.longest = this.longest;
+    copy.shortest = this.shortest;
+    return copy;
+  }
+
+  /** What was recorded after `earlier`, a {@link copy} of these counts; its shortest and longest are of all. */
+  since(earlier: LatencyHistogram): LatencyHistogram {
+    const rest = this.copy();
+    for (const [bucket, count] of earlier.counts.entries()) rest.counts[bucket] -= count;
+    rest.sum -= earlier.sum;
+    rest.total -= earlier.total;
+    return rest;
+  }
+
   /** How many were recorded. */
   get count(): number {
     return this.total;

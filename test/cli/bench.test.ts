@@ -9,7 +9,7 @@ import { after, describe, test } from "node:test";
 import { Targets, type WriteShare } from "../../src/cli/bench-targets.js";
 import { VerifiedTargets } from "../../src/cli/bench-verify.js";
 import { RamStorage, VhostUserBackend } from "../../src/backend/index.js";
-import { virtio } from "./command.js";
+import { onTerminal, virtio } from "./command.js";
 
 const folder = mkdtempSync(join(tmpdir(), "virtio-bench-"));
 after(() => rmSync(folder, { recursive: true }));
@@ -221,6 +221,20 @@ describe("virtio bench", { concurrency: 1 }, () => {
       }
     });
   }
+
+  test("on a terminal a live line is shown and erased; without one there is none", async () => {
+    const words = "bench ram:1M --runtime 0.9 --json".split(" ");
+    const shown = await onTerminal(words);
+    assert.equal(shown.code, 0);
+    const [before, result] = shown.stdout.toString().split("{\r\n");
+    const lines = before.split("\r\x1b[2K");
+    assert.ok(lines.length >= 3, before);
+    for (const line of lines.slice(1, -1)) {
+      assert.match(line, /^\d[\d.]*[kM]? IOPS {2}\d+ MB\/s {2}p50 \d[\d.]* [nµm]?s {2}p99 \d[\d.]* [nµm]?s$/);
+    }
+    assert.deepEqual([lines[0], lines.at(-1)], ["", ""]);
+    assert.ok(!result.includes("\x1b"));
+  });
 
   test("--verify refuses more requests in flight than the disk has blocks", async () => {
     const { code, stderr } = await virtio("bench ram:1M --rw write --verify --bs 64K --iodepth 17".split(" "));

@@ -78,6 +78,16 @@ test("percentiles are at most 1/64 too long, never too short; count, mean, min a
   );
 });
 
+test("counts since a copy are those recorded after it, and leave the copy alone", () => {
+  const histogram = new LatencyHistogram();
+  for (let i = 0; i < 100; i++) histogram.record(1000);
+  const earlier = histogram.copy();
+  for (let i = 0; i < 10; i++) histogram.record(50);
+  const recent = histogram.since(earlier);
+  assert.deepEqual([recent.count, recent.mean, recent.percentile(1)], [10, 50, 50]);
+  assert.deepEqual([earlier.count, earlier.mean, histogram.count], [100, 1000, 110]);
+});
+
 test("durations of more than two seconds keep their mean and maximum", () => {
   const histogram = new LatencyHistogram();
   histogram.record(60e9);
