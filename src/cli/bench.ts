@@ -2,6 +2,7 @@
 
 import { Command, Option } from "commander";
 import type { BlockInfo } from "../index.js";
+import { drawLatencies } from "./bench-drawing.js";
 import type { BenchJob, BenchResult } from "./bench-run.js";
 import type { WriteShare } from "./bench-targets.js";
 import {
@@ -17,6 +18,9 @@ import { formatBytes, formatCount, formatNs } from "./format.js";
 import { positiveNumber, seconds, size } from "./options.js";
 import { columns } from "./table.js";
 import { narrate } from "./terminal.js";
+
+/** The percentiles that are printed, by name. */
+const PERCENTILES = Object.entries({ p50: 0.5, p90: 0.9, p99: 0.99, "p99.9": 0.999, "p99.99": 0.9999 });
 
 /** Milliseconds before counting begins. */
 const RAMP_MS = 300;
@@ -139,16 +143,16 @@ function cpuNsOf({ latency, cpuMicros }: BenchResult): number {
 function toTable(flags: BenchFlags, result: BenchResult): string {
   const { latency } = result;
   const iops = iopsOf(result);
-  return columns("lr", [
+  const figures = columns("lr", [
     ["requests a second", formatCount(iops)],
     ["bytes a second", formatBytes(iops * flags.bs)],
     ["latency, mean", formatNs(latency.mean)],
-    ["latency, p50", formatNs(latency.percentile(0.5))],
-    ["latency, p99", formatNs(latency.percentile(0.99))],
+    ...PERCENTILES.map(([name, p]) => [`latency, ${name}`, formatNs(latency.percentile(p))]),
     ["latency, max", formatNs(latency.max)],
     ["processor time a request", formatNs(cpuNsOf(result))],
     ...(flags.verify === true ? [["reads verified", formatCount(result.checked)]] : []),
-  ]).join("\n");
+  ]);
+  return [...figures, "", ...drawLatencies(latency)].join("\n");
 }
 
 function toJson(address: string, flags: BenchFlags, info: BlockInfo, result: BenchResult): string {
@@ -161,8 +165,9 @@ function toJson(address: string, flags: BenchFlags, info: BlockInfo, result: Ben
       ...{ address, rw, bs, iodepth, runtime, mode, api, format: info.format, queueSize: info.queueSize },
       ...{ requests: latency.count, seconds: ms / 1000, iops: whole(iops), bytesPerSecond: whole(iops * bs) },
       latencyNs: {
-        ...{ min: whole(latency.min), mean: whole(latency.mean), p50: whole(latency.percentile(0.5)) },
-        ...{ p99: whole(latency.percentile(0.99)), max: whole(latency.max) },
+        ...{ min: whole(latency.min), mean: whole(latency.mean) },
+        ...Object.fromEntries(PERCENTILES.map(([name, p]) => [name, whole(latency.percentile(p))])),
+        max: whole(latency.max),
       },
       cpuNsPerRequest: whole(cpuNsOf(result)),
       ...(flags.verify === true && { verified: result.checked }),

@@ -6,6 +6,14 @@ const STEPS = 1 << STEP_BITS;
 /** Values of 31 bits and less; what is longer than 2.1 seconds counts as that. */
 const MAX_NS = 2 ** 31 - 1;
 
+/** So many durations lay between two powers of two. */
+export interface Octave {
+  /** Shortest and longest duration that belongs here, in nanoseconds. */
+  readonly from: number;
+  readonly to: number;
+  readonly count: number;
+}
+
 /** Counts of durations in nanoseconds. */
 export class LatencyHistogram {
   private readonly counts = new Float64Array((32 - STEP_BITS + 1) * STEPS);
@@ -72,6 +80,17 @@ export class LatencyHistogram {
       if (rest <= 0) return Math.min(endOfBucket(bucket), this.longest);
     }
     return 0;
+  }
+
+  /** The counts by powers of two, from the first octave that is not empty to the last. */
+  octaves(): Octave[] {
+    const octaves: Octave[] = [];
+    for (let first = 0; first < this.counts.length; first += STEPS) {
+      const count = this.counts.subarray(first, first + STEPS).reduce((sum, each) => sum + each, 0);
+      octaves.push({ from: endOfBucket(first - 1) + 1, to: endOfBucket(first + STEPS - 1), count });
+    }
+    const isFilled = ({ count }: Octave): boolean => count > 0;
+    return octaves.slice(Math.max(0, octaves.findIndex(isFilled)), octaves.findLastIndex(isFilled) + 1);
   }
 }
 

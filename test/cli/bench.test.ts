@@ -169,8 +169,14 @@ describe("virtio bench", { concurrency: 1 }, () => {
         assert.ok(result.requests > 0 && result.seconds >= 0.1);
         assert.ok(Math.abs(result.iops - result.requests / result.seconds) <= 1);
         assert.ok(Math.abs(result.bytesPerSecond - result.iops * 4096) <= 4096);
-        const { min, mean, p50, p99, max } = result.latencyNs;
-        assert.ok(0 < min && min <= p50 && p50 <= p99 && p99 <= max && min <= mean && mean <= max);
+        const { min, mean, ...percentiles } = result.latencyNs;
+        assert.deepEqual(Object.keys(percentiles), ["p50", "p90", "p99", "p99.9", "p99.99", "max"]);
+        const rising = [min, ...Object.values(percentiles)];
+        assert.deepEqual(
+          rising.toSorted((a, b) => a - b),
+          rising,
+        );
+        assert.ok(0 < min && min <= mean && mean <= percentiles.max);
         assert.ok(result.cpuNsPerRequest > 0);
       });
     }
@@ -183,7 +189,10 @@ describe("virtio bench", { concurrency: 1 }, () => {
       );
       assert.equal(code, 0);
       assert.equal(stderr, `ram:16M: ${rw} of 1 MiB, 3 in flight, poll, callback, packed queue\n`);
-      assert.match(stdout.toString(), /^requests a second +\d[^]*latency, p99 +\d[^]*processor time a request +\d/);
+      assert.match(
+        stdout.toString(),
+        /^requests a second +\d[^]*latency, p99 +\d[^]*latency, p99\.99 +\d[^]*processor time a request +\d.*\n\n( *\d.* to +\d.* %.*\n)+$/,
+      );
     });
   }
 
@@ -280,7 +289,7 @@ interface BenchJson {
   readonly seconds: number;
   readonly iops: number;
   readonly bytesPerSecond: number;
-  readonly latencyNs: Readonly<Record<"min" | "mean" | "p50" | "p99" | "max", number>>;
+  readonly latencyNs: Readonly<Record<"min" | "mean" | "p50" | "p90" | "p99" | "p99.9" | "p99.99" | "max", number>>;
   readonly cpuNsPerRequest: number;
   readonly verified: number;
 }

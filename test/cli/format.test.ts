@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import fc from "fast-check";
+import { drawLatencies } from "../../src/cli/bench-drawing.js";
 import { formatBytes, formatCount, formatNs } from "../../src/cli/format.js";
 import { LatencyHistogram } from "../../src/cli/histogram.js";
 import { columns } from "../../src/cli/table.js";
@@ -86,6 +87,40 @@ test("counts since a copy are those recorded after it, and leave the copy alone"
   const recent = histogram.since(earlier);
   assert.deepEqual([recent.count, recent.mean, recent.percentile(1)], [10, 50, 50]);
   assert.deepEqual([earlier.count, earlier.mean, histogram.count], [100, 1000, 110]);
+});
+
+test("octaves hold every duration once, and begin and end with one that is not empty", () => {
+  assert.deepEqual(new LatencyHistogram().octaves(), []);
+  const durations = fc.array(fc.oneof(fc.nat(300), fc.nat(2 ** 31 - 1)), { minLength: 1, maxLength: 100 });
+  fc.assert(
+    fc.property(durations, (values) => {
+      const histogram = new LatencyHistogram();
+      for (const value of values) histogram.record(value);
+      const octaves = histogram.octaves();
+      for (const [i, { from, to, count }] of octaves.entries()) {
+        assert.equal(count, values.filter((value) => from <= value && value <= to).length);
+        if (i > 0) assert.equal(from, octaves[i - 1].to + 1);
+      }
+      assert.equal(
+        octaves.reduce((sum, { count }) => sum + count, 0),
+        values.length,
+      );
+      assert.ok(octaves[0].count > 0 && octaves[octaves.length - 1].count > 0);
+    }),
+  );
+});
+
+test("latencies are drawn with the longest bar for the most frequent, without what is rare at the ends", () => {
+  const histogram = new LatencyHistogram();
+  for (let i = 0; i < 1000; i++) histogram.record(1000);
+  for (let i = 0; i < 500; i++) histogram.record(5000);
+  histogram.record(1e9);
+  assert.deepEqual(drawLatencies(histogram), [
+    " 512 ns to  1.02 µs  66.6 %  ████████████████████████████████",
+    "1.02 µs to  2.05 µs   0.0 %",
+    "2.05 µs to  4.10 µs   0.0 %",
+    "4.10 µs to  8.19 µs  33.3 %  ████████████████",
+  ]);
 });
 
 test("durations of more than two seconds keep their mean and maximum", () => {
