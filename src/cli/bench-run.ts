@@ -308,17 +308,17 @@ async function runPromises(
   };
   const since = new Float64Array(job.depth);
   const loop = async (part: number): Promise<void> => {
-    const offset = part * length;
-    while (meter.isRunning) {
-      refresh();
-      since[part] = meter.time[0];
+    const options = { position: 0, offset: part * length, length };
+    for (let isFirst = true; meter.isRunning; isFirst = false) {
       const block = targets.take(part);
       if (block < 0) return;
-      const options = { position: block * length, offset, length };
-      if (targets.isWrite) await disk.write(memory, options);
-      else await disk.read(memory, options);
+      options.position = block * length;
+      const request = targets.isWrite ? disk.write(memory, options) : disk.read(memory, options);
+      // The clock comes after the device, as it does for callbacks: one look ends the request before and begins this.
       refresh();
-      meter.completed(since, part);
+      if (!isFirst) meter.completed(since, part);
+      since[part] = meter.time[0];
+      await request;
       if (!targets.completed(part)) meter.isRunning = false;
     }
   };
