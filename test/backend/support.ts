@@ -1,5 +1,6 @@
 /** Back-ends for tests: in folders of their own, closed and checked for errors after each test. */
 
+import assert from "node:assert/strict";
 import { mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -10,7 +11,7 @@ import {
   VhostUserBackend,
   type VhostUserBackendOptions,
 } from "../../src/backend/index.js";
-import { FrontEnd } from "./front-end.js";
+import { FrontEnd, turns } from "./front-end.js";
 
 /** A folder that is gone after the test. */
 export function folderFor(t: TestContext): string {
@@ -57,4 +58,19 @@ export function mappings(): number {
 /** Bytes that differ from place to place. */
 export function pattern(length: number, seed = 1): Uint8Array {
   return Uint8Array.from({ length }, (_, i) => (i * 31 + (i >> 8) * 7 + seed * 101) & 0xff);
+}
+
+/** Wait, turn by turn, until `condition` holds. */
+export async function until(condition: () => boolean): Promise<void> {
+  for (let i = 0; i < 10_000 && !condition(); i++) await turns(1);
+  assert.ok(condition(), "it did not come to that");
+}
+
+/** A back-end and one front-end. */
+export function pair(
+  t: TestContext,
+  options: Partial<VhostUserBackendOptions> = {},
+): { backend: VhostUserBackend; errors: Error[]; front: FrontEnd } {
+  const { backend, errors } = backendFor(t, options.storage, options);
+  return { backend, errors, front: frontEndFor(t, backend) };
 }
