@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { describe, it } from "node:test";
 import { DescriptorChain, DeviceMemory, DeviceVirtqueue, VirtioFeature } from "../../src/virtqueue/index.js";
 import { areasOf, type DriverPlace, PackedDriver, placeRing, SplitDriver, WRITE } from "./device-driver.js";
+import { EVENT_VECTORS } from "./vectors.js";
 
 const { EVENT_IDX, INDIRECT_DESC, RING_PACKED } = VirtioFeature;
 const DATA = 0x1000n;
@@ -141,24 +142,7 @@ describe("device's half of a split ring", () => {
     }
   });
 
-  // spec: event, new, old, need
-  const vectors = [
-    [0, 1, 0, true],
-    [0, 0, 0, false],
-    [1, 1, 0, false],
-    [0, 2, 1, false],
-    [5, 6, 5, true],
-    [5, 8, 3, true],
-    [5, 5, 3, false],
-    [5, 6, 6, false],
-    [65535, 0, 65535, true],
-    [65535, 0, 65534, true],
-    [65535, 65535, 65534, false],
-    [0, 1, 65535, true],
-    [65534, 1, 65533, true],
-    [32767, 32768, 0, true],
-  ] as const;
-  for (const [event, idx, old, need] of vectors) {
+  for (const [event, idx, old, need] of EVENT_VECTORS) {
     it(`SPLIT-DEV-10 SPLIT-DEV-11 SPLIT-DEV-12 used ${old} to ${idx}, used_event ${event}: ${need ? "" : "not "}notified`, () => {
       const { place, driver, device, chain } = splitRing(32768, EVENT_IDX, old);
       driver.view.setUint16(place.driver, 1, true); // NO_INTERRUPT means nothing with EVENT_IDX

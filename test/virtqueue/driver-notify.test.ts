@@ -3,27 +3,10 @@
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { RawRing } from "./raw-ring.js";
-
-/** avail_event, avail.idx after and before publishing, whether to notify. */
-const SPLIT_VECTORS = [
-  [0, 1, 0, true],
-  [0, 0, 0, false],
-  [1, 1, 0, false],
-  [0, 2, 1, false],
-  [5, 6, 5, true],
-  [5, 8, 3, true],
-  [5, 5, 3, false],
-  [5, 6, 6, false],
-  [65535, 0, 65535, true],
-  [65535, 0, 65534, true],
-  [65535, 65535, 65534, false],
-  [0, 1, 65535, true],
-  [65534, 1, 65533, true],
-  [32767, 32768, 0, true],
-] as const;
+import { EVENT_VECTORS } from "./vectors.js";
 
 describe("SPLIT-DRV-22 SPLIT-DRV-23 with EVENT_IDX the driver notifies exactly when avail_event was passed", () => {
-  for (const [event, fresh, old, need] of SPLIT_VECTORS) {
+  for (const [event, fresh, old, need] of EVENT_VECTORS) {
     test(`avail_event ${event}, avail.idx from ${old} to ${fresh}: ${need ? "notify" : "be silent"}`, () => {
       const count = (fresh - old) & 0xffff;
       const ring = new RawRing({ size: count > 8 ? 32768 : 8, eventIdx: true });

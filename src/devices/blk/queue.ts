@@ -104,6 +104,8 @@ export class VirtioBlkQueue {
   private readonly words: Int32Array;
   private readonly bytes: Uint8Array;
   private readonly list: SegmentList;
+  /** Ring descriptors of the shortest request with data: one when there are tables for the rest. */
+  private readonly leastDescriptors: number;
   private readonly types: Uint8Array;
   private readonly lent: (DeviceBuffer | undefined)[];
   private readonly lentMore: (readonly DeviceBuffer[] | undefined)[];
@@ -134,6 +136,7 @@ export class VirtioBlkQueue {
       deviceArea: memory.iova + layout.deviceAreaOffset,
     };
     this.list = new SegmentList(limits.maxSegments);
+    this.leastDescriptors = tableEntries(options) >= MIN_ELEMENTS ? 1 : MIN_ELEMENTS;
     this.words = new Int32Array(memory.buffer, this.queue.requestOffset, queueSize * REQUEST_WORDS);
     this.bytes = new Uint8Array(memory.buffer, this.queue.requestOffset, queueSize * REQUEST_SIZE);
     this.words.fill(0);
@@ -150,6 +153,11 @@ export class VirtioBlkQueue {
   /** Requests submitted and not yet completed. */
   get inFlight(): number {
     return this.queue.inFlight;
+  }
+
+  /** Whether not even a request with one data element fits now. */
+  get isFull(): boolean {
+    return this.queue.numFree < this.leastDescriptors;
   }
 
   /** Type (`BlkRequestType`) of the request in `slot`, until the slot is used again. */

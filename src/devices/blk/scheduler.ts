@@ -283,6 +283,8 @@ export class Scheduler {
   /** Submit one request of an operation. Returns false when there is no room for it. */
   private submitNext(operation: Operation): boolean {
     if (operation.allSubmitted) return true;
+    // Asked first: the next request may have to copy its data, which would be for nothing.
+    if (this.slots.every(({ queue }) => queue.isFull)) return false;
     const request = operation.next(this.take);
     if (request === undefined) return false;
     for (let tries = 0; tries < this.slots.length; tries++) {
