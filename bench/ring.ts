@@ -1,13 +1,12 @@
 /** What the driver's half of a ring costs a request, without a device: `npm run bench:ring`. */
 
-import { performance, PerformanceObserver } from "node:perf_hooks";
-import { SegmentList, VirtioFeature, Virtqueue, VirtqueueLayout } from "../src/virtqueue/index.js";
-import { type MinimalDevice, MinimalPackedDevice, MinimalSplitDevice } from "./minimal-device.js";
+import { execFileSync } from "node:child_process";
+import { PerformanceObserver } from "node:perf_hooks";
+import { setTimeout } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
+import type * as ringCase from "./ring-case.js";
 import { median, spread, writeResult } from "./report.js";
 
-const QUEUE_SIZE = 256;
-const TABLE_ENTRIES = 12;
-const IOVA = 0x20_0000;
 const REQUESTS = 2_000_000;
 const ROUNDS = 5;
 const WARM_UP = 2;
@@ -18,117 +17,67 @@ interface Case {
   readonly packed: boolean;
   readonly indirect: boolean;
   readonly batch: number;
-  /** Data elements; 1 is a 4 KiB read by `addFramed`, more by `addFramedList`. */
+  /** Data elements; 1 is a 4 KiB read by `addFramed`, more by `beginFramed`. */
   readonly segments: number;
 }
 
-class Setup {
-  readonly queue: Virtqueue;
-  readonly device: MinimalDevice;
-  private readonly words: Int32Array;
-  private readonly bytes: Uint8Array;
-  private readonly list = new SegmentList(SCATTER);
-  private sum = 0;
+type CaseModule = typeof ringCase;
 
-  constructor({ packed, indirect, segments }: Case) {
-    const features =
-      VirtioFeature.VERSION_1 |
-      VirtioFeature.EVENT_IDX |
-      (packed ? VirtioFeature.RING_PACKED : 0n) |
-      (indirect ? VirtioFeature.INDIRECT_DESC : 0n);
-    const layout = new VirtqueueLayout({ queueSize: QUEUE_SIZE, features, request: { size: 32, align: 16 } });
-    const tables = layout.endOffset;
-    const buffer = new ArrayBuffer(tables + QUEUE_SIZE * TABLE_ENTRIES * 16);
-    this.queue = new Virtqueue({
-      ...{ layout, buffer, iova: IOVA, features },
-      frame: { headerLength: 16, trailerOffset: 16, trailerLength: 1 },
-      indirect: { offset: tables, iova: IOVA + tables, entries: TABLE_ENTRIES },
-    });
-    const ringCount = indirect ? 1 : segments + 2;
-    this.device = packed ? new MinimalPackedDevice(buffer, layout, ringCount) : new MinimalSplitDevice(buffer, layout);
-    this.words = new Int32Array(buffer, this.queue.requestOffset, QUEUE_SIZE * 8);
-    this.bytes = new Uint8Array(buffer, this.queue.requestOffset, QUEUE_SIZE * 32);
-  }
-
-  /** Requests one after the other in batches; returns nanoseconds a request, the device's share included. */
-  run(requests: number, batch: number, segments: number): number {
-    const start = performance.now();
-    for (let done = 0; done < requests; done += batch) {
-      for (let i = 0; i < batch; i++) {
-        if (segments === 1) this.submit(done + i);
-        else this.submitScatter(done + i, segments);
-      }
-      this.queue.publish();
-      this.device.run();
-      this.reap();
-    }
-    if (this.sum < 0) throw new Error("unreachable: keeps the status reads alive");
-    return ((performance.now() - start) * 1e6) / requests;
-  }
-
-  /** The device alone. */
-  runDevice(requests: number, batch: number): number {
-    const start = performance.now();
-    for (let done = 0; done < requests; done += batch) {
-      this.device.replay(batch);
-      this.device.run();
-    }
-    return ((performance.now() - start) * 1e6) / requests;
-  }
-
-  /** What a virtio-blk read writes: chain, header, status. */
-  private submit(sector: number): void {
-    const slot = this.queue.addFramed(0x100_0000, 0, 4096, true);
-    this.words[slot * 8] = 0;
-    this.words[slot * 8 + 2] = sector;
-    this.words[slot * 8 + 3] = 0;
-    this.bytes[slot * 32 + 16] = 0xff;
-  }
-
-  private submitScatter(sector: number, segments: number): void {
-    const { queue, list } = this;
-    list.clear();
-    for (let i = 0; i < segments; i++) list.add(0x100_0000 + i * 4096, 0, 4096);
-    const slot = queue.addFramedList(list, true);
-    this.words[slot * 8] = 0;
-    this.words[slot * 8 + 2] = sector;
-    this.words[slot * 8 + 3] = 0;
-    this.bytes[slot * 32 + 16] = 0xff;
-  }
-
-  private reap(): void {
-    for (let slot = this.queue.poll(); slot >= 0; slot = this.queue.poll()) this.sum += this.bytes[slot * 32 + 16];
-  }
+async function load({ packed, indirect, batch, segments }: Case): Promise<CaseModule> {
+  const query = new URLSearchParams({
+    packed: `${packed}`,
+    indirect: `${indirect}`,
+    batch: `${batch}`,
+    segments: `${segments}`,
+  });
+  return (await import(`./ring-case.js?${query.toString()}`)) as CaseModule;
 }
 
-function measure(choice: Case): string[] {
-  const { packed, indirect, batch, segments } = choice;
-  const totals: number[] = [];
-  const devices: number[] = [];
+interface Cost {
+  /** Nanoseconds of the driver a request, one figure a round. */
+  readonly driver: readonly number[];
+  readonly device: readonly number[];
+}
+
+/** Every case once in turn, then all of them again: a slow phase of the machine hits all alike. */
+async function measure(cases: readonly Case[]): Promise<readonly Cost[]> {
+  const modules = await Promise.all(cases.map(load));
+  const costs = cases.map(() => ({ driver: new Array<number>(), device: new Array<number>() }));
   for (let round = -WARM_UP; round < ROUNDS; round++) {
-    const total = new Setup(choice).run(REQUESTS, batch, segments);
-    const device = new Setup(choice).runDevice(REQUESTS, batch);
-    if (round < 0) continue;
-    totals.push(total);
-    devices.push(device);
+    for (const [i, { run, runDevice }] of modules.entries()) {
+      const total = run(REQUESTS);
+      const device = runDevice(REQUESTS);
+      if (round < 0) continue;
+      costs[i].driver.push(total - device);
+      costs[i].device.push(device);
+    }
   }
-  const driver = totals.map((total, i) => total - devices[i]);
+  return costs;
+}
+
+/** The same case in a process of its own, where the engine sees one kind of ring only. */
+function measureAlone(index: number): Cost {
+  const output = execFileSync(process.execPath, [fileURLToPath(import.meta.url), String(index)], { encoding: "utf8" });
+  return JSON.parse(output) as Cost;
+}
+
+function row({ packed, indirect, batch, segments }: Case, alone: Cost, together: Cost): string[] {
   return [
     packed ? "packed" : "split",
     indirect ? "indirect" : "direct",
     segments === 1 ? "read of 3 elements" : `scatter of ${segments} segments`,
     String(batch),
-    median(driver).toFixed(1),
-    spread(driver),
-    median(devices).toFixed(1),
+    median(alone.driver).toFixed(1),
+    spread(alone.driver),
+    median(together.driver).toFixed(1),
+    spread(together.driver),
+    median(alone.device).toFixed(1),
   ];
 }
 
 /** Run without a pause and watch the collector. */
-function garbage(packed: boolean): Promise<string> {
-  const choice = { packed, indirect: true, batch: 32, segments: 1 };
-  const setup = new Setup(choice);
-  setup.run(REQUESTS, 32, 1);
+async function garbage(packed: boolean): Promise<string> {
+  const { run } = await load({ packed, indirect: true, batch: 32, segments: 1 });
   let major = 0;
   let minor = 0;
   const observer = new PerformanceObserver((list) => {
@@ -138,17 +87,17 @@ function garbage(packed: boolean): Promise<string> {
     }
   });
   observer.observe({ entryTypes: ["gc"] });
+  // The observer is told in later turns of the event loop, also of what was before.
+  await setTimeout(100);
+  major = 0;
+  minor = 0;
   const before = process.memoryUsage().heapUsed;
-  setup.run(GARBAGE_REQUESTS, 32, 1);
+  run(GARBAGE_REQUESTS);
   const grown = process.memoryUsage().heapUsed - before;
-  // The observer is told in later turns of the event loop.
-  return new Promise((resolve) => {
-    setTimeout(() => {
-      observer.disconnect();
-      const what = `${GARBAGE_REQUESTS / 1e6} million requests, ${packed ? "packed" : "split"}`;
-      resolve(`${what}: ${major} major and ${minor} minor collections, heap ${(grown / 1024).toFixed(0)} KiB larger`);
-    }, 100);
-  });
+  await setTimeout(100);
+  observer.disconnect();
+  const what = `${GARBAGE_REQUESTS / 1e6} million requests, ${packed ? "packed" : "split"}`;
+  return `${what}: ${major} major and ${minor} minor collections, heap ${(grown / 1024).toFixed(0)} KiB larger`;
 }
 
 /** `NODE_PERFORMANCE_GC_MAJOR`. */
@@ -161,13 +110,29 @@ for (const packed of [false, true]) {
     cases.push({ packed, indirect, batch: 8, segments: SCATTER });
   }
 }
-const rows = cases.map(measure);
-const notes = [await garbage(false), await garbage(true)];
-writeResult("ring", {
-  title: "Cost of the driver's half of a ring",
-  command: "npm run bench:ring",
-  text: `Nanoseconds of driver per request (submit, publish, reap) on a ring of ${QUEUE_SIZE}, median and spread of ${ROUNDS} rounds; the cost of the minimal device, measured alone, is subtracted and shown.`,
-  columns: ["format", "descriptors", "request", "batch", "driver ns", "min to max", "device ns"],
-  rows,
-  notes,
-});
+const only = process.argv[2];
+if (only !== undefined) {
+  const [cost] = await measure([cases[Number(only)]]);
+  console.log(JSON.stringify(cost));
+} else {
+  const alone = cases.map((_, i) => measureAlone(i));
+  const together = await measure(cases);
+  writeResult("ring", {
+    title: "Cost of the driver's half of a ring",
+    command: "npm run bench:ring",
+    text: `Nanoseconds of driver per request (submit, publish, reap) on a ring of 256, median and spread of ${ROUNDS} rounds: in a process that uses one kind of ring, and in one that uses all of them in turn. The cost of the minimal device, measured alone, is subtracted and shown.`,
+    columns: [
+      "format",
+      "descriptors",
+      "request",
+      "batch",
+      "driver ns",
+      "min to max",
+      "all kinds",
+      "min to max",
+      "device ns",
+    ],
+    rows: cases.map((each, i) => row(each, alone[i], together[i])),
+    notes: [await garbage(false), await garbage(true)],
+  });
+}

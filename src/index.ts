@@ -33,7 +33,7 @@ export {
   type LayoutArea,
   type LayoutField,
   type RequestFrame,
-  SegmentList,
+  type SegmentSink,
   VirtioFeature,
   Virtqueue,
   VirtqueueLayout,

@@ -36,10 +36,10 @@ export class CompletionWatch {
   private readonly queue: Virtqueue;
   private readonly reap: (limit: number) => number;
   private readonly onError: (error: VirtioError) => void;
-  private completion: EventFd | undefined;
-  private watcher: FdWatcher | undefined;
+  private completion: EventFd | undefined = undefined;
+  private watcher: FdWatcher | undefined = undefined;
   private currentMode: CompletionMode = "poll";
-  private next: NodeJS.Immediate | undefined;
+  private next: NodeJS.Immediate | undefined = undefined;
   private asleep = false;
   private holdsProcess = false;
   private reaping = false;

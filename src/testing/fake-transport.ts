@@ -129,7 +129,7 @@ export class FakeTransport implements VirtioTransport {
   readonly maxQueueSize: number;
   readonly maxRegions: number;
   readonly hasConfig: boolean;
-  onConfigChange: (() => void) | undefined;
+  onConfigChange: (() => void) | undefined = undefined;
 
   /** Everything that the driver did, in order. */
   readonly log: FakeEvent[] = [];
@@ -150,8 +150,8 @@ export class FakeTransport implements VirtioTransport {
   private readonly regions = new Set<MemoryRegion>();
   private readonly completions: EventFd[] = [];
   private readonly onNotify: (queue: FakeQueue) => void;
-  private accepted: bigint | undefined;
-  private ended: Error | undefined;
+  private accepted: bigint | undefined = undefined;
+  private ended: Error | undefined = undefined;
   private told = false;
   private lost: ((error: Error) => void) | undefined;
 

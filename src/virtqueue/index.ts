@@ -10,7 +10,7 @@ export {
   VirtqueueLayout,
   type VirtqueueLayoutOptions,
 } from "./layout.js";
-export { type IndirectTables, type RequestFrame, SegmentList } from "./ring.js";
+export { type IndirectTables, type RequestFrame, type SegmentSink } from "./ring.js";
 export { Virtqueue, type VirtqueueOptions } from "./virtqueue.js";
 export { DescriptorChain } from "./device-chain.js";
 export { DeviceMemory } from "./device-memory.js";

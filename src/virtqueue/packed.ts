@@ -17,9 +17,9 @@ import {
   clampU32,
   DESC_WORDS,
   FRAME_ELEMENTS,
+  listShape,
   type RingOptions,
-  type SegmentList,
-  SHAPE_FRAME_INDIRECT,
+  SegmentWriter,
   SHAPE_NONE,
   SlotMemory,
   writeDescriptor,
@@ -32,6 +32,31 @@ const TAIL = 3; // the 32-bit word of id (low half) and flags (high half)
 const USED_MASK = VIRTQ_DESC_F_AVAIL | VIRTQ_DESC_F_USED;
 const WRAP_BIT = 1 << 15;
 
+// Without `| 0` the engine converts an argument of unknown type through a double before it stores it. And
+// an imported binding is loaded and checked at each use, a constant of the module is folded into the machine code.
+const WORDS = DESC_WORDS;
+const FRAMED = FRAME_ELEMENTS;
+const NONE = SHAPE_NONE;
+const DESC_BYTES = DESC_SIZE;
+const F_NEXT = VIRTQ_DESC_F_NEXT;
+const F_NEXT_WRITE = VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE;
+const F_AVAIL = VIRTQ_DESC_F_AVAIL;
+const F_WRITE = VIRTQ_DESC_F_WRITE;
+const F_INDIRECT = VIRTQ_DESC_F_INDIRECT;
+const EVENT_DISABLE = RING_EVENT_FLAGS_DISABLE;
+const EVENT_DESC = RING_EVENT_FLAGS_DESC;
+
+// A private record of each buffer id: four words in one array, so that one base and one bound serve all of them.
+// Records and descriptors alike are found by `<< 2`. Word 0: ring descriptors of the chain with this id; 0 when none
+// is in flight.
+const RECORD_WORDS = 4;
+/** Bytes that the device may write into the chain with this id. */
+const WRITABLE = 1;
+/** What the indirect table of this id still holds of the frame. */
+const SHAPE = 2;
+/** The free id behind this one: a list used as a stack, or with IN_ORDER a circle of all ids. */
+const NEXT_ID = 3;
+
 /**
  * All bookkeeping is in private memory, by buffer id. From the shared memory only the flags, id and len of
  * the entry at the used position and the device's event suppression are read.
@@ -42,10 +67,14 @@ const WRAP_BIT = 1 << 15;
 export class PackedRing {
   /** Bytes the device wrote into the chain returned last by {@link poll}, clamped to what it may write. */
   usedLength = 0;
+  /** What broke the ring: from then on thrown by every call. */
+  failure: Error | undefined = undefined;
   /** Chains committed and not yet returned. */
   inFlight = 0;
-  /** Free ring descriptors. */
+  /** Free ring descriptors. While there is one there is a free buffer id, too: a chain takes at least one. */
   numFree: number;
+  /** Takes the data elements between {@link beginFramed} and {@link commitFramed}. */
+  readonly segments: SegmentWriter;
 
   private readonly size: number;
   private readonly eventIdx: boolean;
@@ -57,16 +86,10 @@ export class PackedRing {
 
   private readonly slots: SlotMemory;
 
-  /** Free buffer ids: a stack, or with IN_ORDER a ring of ids taken from the front. */
-  private readonly ids: Uint16Array;
-  private numIds: number;
-  private idsFront = 0;
-  /** Ring descriptors of the chain with this id; 0 when none is in flight. */
-  private readonly ringCount: Uint16Array;
-  /** Bytes the device may write into the chain with this id. */
-  private readonly writable: Uint32Array;
-  /** What the indirect table of this id still holds. */
-  private readonly shape: Uint8Array;
+  private readonly records: Int32Array;
+  private freeId = 0;
+  /** Free descriptors down to which framed requests do not use tables. */
+  private readonly directReserve: number;
 
   private readonly builder = new ChainBuilder();
   private buildId = 0;
@@ -76,18 +99,14 @@ export class PackedRing {
   private buildHeadTail = 0;
 
   private nextAvail = 0;
-  private availWrap = 1;
-  /** AVAIL and USED of an available entry at `nextAvail`. */
+  /** AVAIL and USED of an available entry at `nextAvail`: AVAIL is the driver's wrap counter. */
   private availBits = VIRTQ_DESC_F_AVAIL;
   private nextUsed = 0;
-  private usedWrap = 1;
-  /** AVAIL and USED of a used entry at `nextUsed`. */
+  /** AVAIL and USED of a used entry at `nextUsed`: both are the wrap counter of the used position. */
   private usedBits = USED_MASK;
   /** Word index of the tail kept back for `publish`; -1 when nothing is committed. */
   private heldAt = -1;
   private heldTail = 0;
-  /** Ring descriptors committed since the last decision on a notification. */
-  private added = 0;
   /** IN_ORDER: chains of the batch that the last used entry closed and that are still to be returned. */
   private batch = 0;
   private batchLength = 0;
@@ -101,30 +120,35 @@ export class PackedRing {
     this.inOrder = options.inOrder;
 
     new Uint8Array(buffer, offset, layout.deviceAreaEnd).fill(0);
-    this.desc = new Int32Array(buffer, offset, n * DESC_WORDS);
+    this.desc = new Int32Array(buffer, offset, n * WORDS);
     this.desc16 = new Uint16Array(buffer, offset, n * DESC_HALVES);
     this.driverEvent = new Uint16Array(buffer, offset + layout.driverAreaOffset, 2);
     this.deviceEvent = new Uint32Array(buffer, offset + layout.deviceAreaOffset, 1);
 
     this.slots = new SlotMemory(options);
 
-    // A stack hands out 0 first; with IN_ORDER the ids run in the order of the buffers.
-    this.ids = Uint16Array.from({ length: n }, (_, i) => (this.inOrder ? i : n - 1 - i));
-    this.numIds = n;
-    this.ringCount = new Uint16Array(n);
-    this.writable = new Uint32Array(n);
-    this.shape = new Uint8Array(n);
+    this.segments = new SegmentWriter(n);
+    this.directReserve = this.slots.frameFits ? 0 : n;
+
+    this.records = new Int32Array(n * RECORD_WORDS);
+    for (let id = 0; id < n; id++) this.records[(id << 2) + NEXT_ID] = id + 1 === n ? 0 : id + 1;
+  }
+
+  /** Break the ring; the first error stays. */
+  fail(error: Error): Error {
+    this.failure ??= error;
+    return error;
   }
 
   /** Start a chain; see `Virtqueue.begin`. */
   begin(count: number): number {
     const indirect = count > 1 && count <= this.slots.tableEntries;
-    if (this.numFree < (indirect ? 1 : count) || this.numIds === 0) return -1;
+    if (this.numFree < (indirect ? 1 : count)) return -1;
     this.builder.start(count, indirect);
-    this.buildId = this.nextId();
+    this.buildId = this.freeId;
     this.buildCursor = this.nextAvail;
     this.buildBits = this.availBits;
-    if (indirect) this.shape[this.buildId] = SHAPE_NONE;
+    if (indirect) this.records[(this.buildId << 2) + SHAPE] = NONE;
     return this.buildId;
   }
 
@@ -145,7 +169,7 @@ export class PackedRing {
       );
       return;
     }
-    const at = this.buildCursor * DESC_WORDS;
+    const at = this.buildCursor << 2;
     const tail = this.buildId | ((VIRTQ_DESC_F_NEXT | write | this.buildBits) << 16);
     this.desc[at] = lo;
     this.desc[at + 1] = hi;
@@ -164,7 +188,7 @@ export class PackedRing {
   commit(): number {
     const builder = this.builder;
     const id = this.buildId;
-    builder.finish(id === this.nextId());
+    builder.finish(id === this.freeId);
     const count = builder.count;
     const noNext = ~(VIRTQ_DESC_F_NEXT << 16);
     if (builder.indirect) {
@@ -189,7 +213,7 @@ export class PackedRing {
       for (let i = 0; i < builder.count; i++) {
         // Not available in this round: AVAIL and USED both the opposite of AVAIL's value for "available".
         const unavailable = (bits & VIRTQ_DESC_F_AVAIL) === 0 ? USED_MASK : 0;
-        if (i > 0) this.desc[cursor * DESC_WORDS + TAIL] = unavailable << 16;
+        if (i > 0) this.desc[(cursor << 2) + TAIL] = unavailable << 16;
         if (++cursor === this.size) {
           cursor = 0;
           bits ^= USED_MASK;
@@ -201,102 +225,142 @@ export class PackedRing {
 
   /** Add header, one data element and trailer as one chain; see `Virtqueue.addFramed`. */
   addFramed(lo: number, hi: number, length: number, isWritable: boolean): number {
+    if (this.failure !== undefined) throw this.failure;
+    // Without tables, or without room.
+    if (this.numFree <= this.directReserve) return this.addFramedDirect(lo, hi, length, isWritable);
     const { slots } = this;
-    if (!slots.frameFits) return this.addFramedDirect(lo, hi, length, isWritable);
-    if (this.numFree === 0 || this.numIds === 0) return -1;
-    const id = this.nextId();
-    if (this.shape[id] !== SHAPE_FRAME_INDIRECT) this.prepareIndirect(id);
-    const tail = isWritable ? VIRTQ_DESC_F_WRITE << 16 : 0;
-    writeDescriptor(slots.table, slots.entryAt(id, 1), lo, hi, length, tail);
-    this.takeIndirect(id, FRAME_ELEMENTS, isWritable ? length + slots.trailerLength : slots.trailerLength);
+    const id = this.freeId;
+    if (this.records[(id << 2) + SHAPE] !== FRAMED - 1) this.prepareIndirect(id, FRAMED - 1, FRAMED - 1);
+    const { table } = slots;
+    const at = slots.entryAt(id, 1);
+    table[at] = lo | 0;
+    table[at + 1] = hi | 0;
+    table[at + 2] = length | 0;
+    table[at + 3] = isWritable ? F_WRITE << 16 : 0;
+    this.takeIndirect(id, FRAMED, isWritable ? length + slots.trailerLength : slots.trailerLength);
     return id;
   }
 
-  /** Add header, any number of data elements and trailer as one chain; see `Virtqueue.addFramedList`. */
-  addFramedList(list: SegmentList, isWritable: boolean): number {
-    const { slots } = this;
-    const { count } = list;
-    const elements = count + 2;
-    const indirect = elements <= slots.tableEntries;
-    if (this.numFree < (indirect ? 1 : elements) || this.numIds === 0) return -1;
-    const id = this.nextId();
-    const write = isWritable ? VIRTQ_DESC_F_WRITE : 0;
-    const writable = clampU32(isWritable ? list.bytes + slots.trailerLength : slots.trailerLength);
+  /** Start a framed request of `count` data elements; see `Virtqueue.beginFramed`. */
+  beginFramed(count: number, isWritable: boolean): number {
+    const { builder, slots } = this;
+    const indirect = count + 2 <= slots.tableEntries;
+    if (this.numFree < (indirect ? 1 : count + 2)) return -1;
+    const id = this.freeId;
+    builder.startFramed(indirect, isWritable);
+    this.buildId = id;
     if (indirect) {
-      slots.writeFrame(id, count + 1, 0, VIRTQ_DESC_F_WRITE << 16);
-      for (let i = 0, at = slots.entryAt(id, 1); i < count; i++, at += DESC_WORDS) {
-        writeDescriptor(slots.table, at, list.lo[i], list.hi[i], list.length[i], write << 16);
+      const shape = listShape(count, isWritable);
+      if (this.records[(id << 2) + SHAPE] !== shape) {
+        this.prepareIndirect(id, count + 1, shape);
+        slots.writeTails(id, count, isWritable ? F_WRITE << 16 : 0, 0);
       }
-      this.shape[id] = SHAPE_NONE;
-      this.takeIndirect(id, elements, writable);
+      this.segments.start(slots.table, slots.entryAt(id, 1), count);
+    } else {
+      this.segments.start(this.segments.staging, 0, count);
+    }
+    return id;
+  }
+
+  /** End the framed request; see `Virtqueue.commitFramed`. */
+  commitFramed(): number {
+    const { builder, segments, slots, desc, size } = this;
+    const id = this.buildId;
+    const { count } = segments;
+    builder.finishFramed(id === this.freeId, segments);
+    const writable = builder.isWritable ? clampU32(segments.bytes + slots.trailerLength) : slots.trailerLength;
+    if (builder.indirect) {
+      this.takeIndirect(id, count + 2, writable);
       return id;
     }
-    const { desc } = this;
     let cursor = this.nextAvail;
     let bits = this.availBits;
-    const headTail = id | ((VIRTQ_DESC_F_NEXT | bits) << 16);
-    desc[cursor * DESC_WORDS] = slots.headerAddress(id);
-    desc[cursor * DESC_WORDS + 1] = slots.requestHi;
-    desc[cursor * DESC_WORDS + 2] = slots.headerLength;
-    for (let i = 0; i <= count; i++) {
-      if (++cursor === this.size) {
+    const headTail = this.writeHeader(id, cursor << 2, bits);
+    const { staging } = segments;
+    const flags = builder.isWritable ? F_NEXT_WRITE : F_NEXT;
+    for (let from = 0; from < count << 2; from += WORDS) {
+      if (++cursor === size) {
         cursor = 0;
         bits ^= USED_MASK;
       }
-      const at = cursor * DESC_WORDS;
-      if (i < count) {
-        const tail = id | ((VIRTQ_DESC_F_NEXT | write | bits) << 16);
-        writeDescriptor(desc, at, list.lo[i], list.hi[i], list.length[i], tail);
-      } else {
-        const tail = id | ((VIRTQ_DESC_F_WRITE | bits) << 16);
-        writeDescriptor(desc, at, slots.trailerAddress(id), slots.requestHi, slots.trailerLength, tail);
-      }
+      const at = cursor << 2;
+      desc[at] = staging[from];
+      desc[at + 1] = staging[from + 1];
+      desc[at + 2] = staging[from + 2];
+      desc[at + 3] = id | ((flags | bits) << 16);
     }
-    this.take(id, headTail, elements, writable);
+    this.writeTrailer(id, cursor + 1, bits);
+    this.take(id, headTail, count + 2, writable);
     return id;
   }
 
   /** Make committed chains visible to the device; see `Virtqueue.publish`. */
   publish(): boolean {
-    if (this.heldAt < 0) return false;
+    if (this.failure !== undefined) throw this.failure;
+    const held = this.heldAt;
+    if (held < 0) return false;
     // MO-5 release: every other entry, and addr, len and id of this one, before its flags. The device
     // loads the flags with acquire before it reads them (MO-11). One 32-bit store holds id and flags.
-    Atomics.store(this.desc, this.heldAt, this.heldTail);
+    Atomics.store(this.desc, held, this.heldTail);
     this.heldAt = -1;
-    const added = this.added;
-    this.added = 0;
     // MO-6 full: flags before the load of the device's event suppression, both calls sequentially
     // consistent. The device stores its event suppression, then loads the flags again (MO-14). One 32-bit
     // load takes desc and flags together (MO-8 on the device's side).
     const event = Atomics.load(this.deviceEvent, 0);
     const flags = (event >>> 16) & 3;
-    if (flags === RING_EVENT_FLAGS_DISABLE) return false;
+    if (flags === EVENT_DISABLE) return false;
     // DESC without EVENT_IDX and the reserved value 3 are the device's fault; a notification never hurts.
-    if (flags !== RING_EVENT_FLAGS_DESC || !this.eventIdx) return true;
+    if (flags !== EVENT_DESC || !this.eventIdx) return true;
+    const next = this.nextAvail;
+    let added = next - (held - TAIL) / WORDS;
+    if (added <= 0) added += this.size;
     let off = event & (WRAP_BIT - 1);
-    if (((event >>> 15) & 1) !== this.availWrap) off -= this.size;
-    return ((this.nextAvail - off - 1) & 0xffff) < added;
+    if ((event & WRAP_BIT) !== (this.availBits & F_AVAIL) << 8) off -= this.size;
+    return ((next - off - 1) & 0xffff) < added;
   }
 
   /** Take back one used chain; see `Virtqueue.poll`. */
   poll(): number {
-    if (this.batch > 0) return this.pollBatch();
-    const at = this.nextUsed * DESC_HALVES;
-    // A plain peek guards the atomic load; a stale value only means looking again later.
-    if ((this.desc16[at + FLAGS16] & USED_MASK) !== this.usedBits || this.inFlight === 0) return -1;
-    // MO-7 acquire: flags before id, len, data and status. The device stores flags last (MO-12).
-    const flags = Atomics.load(this.desc16, at + FLAGS16);
-    if ((flags & USED_MASK) !== this.usedBits) return -1;
-    const id = this.desc16[at + ID16];
-    if (id >= this.size || this.ringCount[id] === 0) throw brokenRing("id", id, "the id of a buffer in flight");
-    // len counts only when the device says that it wrote (2.8.5).
-    const length = (flags & VIRTQ_DESC_F_WRITE) === 0 ? 0 : this.desc[this.nextUsed * DESC_WORDS + 2] >>> 0;
-    if (this.inOrder) {
-      this.startBatch(id, length);
-      return this.pollBatch();
+    if (this.failure !== undefined) throw this.failure;
+    const { records, inOrder } = this;
+    let id = 0;
+    let length = 0;
+    if (this.batch === 0) {
+      const { desc16 } = this;
+      const at = this.nextUsed * DESC_HALVES;
+      // A plain peek guards the atomic load; a stale value only means looking again later.
+      if ((desc16[at + FLAGS16] & USED_MASK) !== this.usedBits || this.inFlight === 0) return -1;
+      // MO-7 acquire: flags before id, len, data and status. The device stores flags last (MO-12).
+      const flags = Atomics.load(desc16, at + FLAGS16);
+      if ((flags & USED_MASK) !== this.usedBits) return -1;
+      id = desc16[at + ID16];
+      if (id >= this.size || records[id << 2] === 0) throw this.fail(badId(id));
+      // len counts only when the device says that it wrote (2.8.5).
+      length = (flags & F_WRITE) === 0 ? 0 : this.desc[(this.nextUsed << 2) + 2] >>> 0;
+      if (inOrder) this.startBatch(id, length);
     }
-    this.giveBack(id, length);
-    this.ids[this.numIds++] = id;
+    if (inOrder) {
+      id = this.oldestId;
+      length = this.nextLength(id);
+    }
+    const record = id << 2;
+    const count = records[record];
+    const writable = records[record + WRITABLE] >>> 0;
+    this.usedLength = length > writable ? writable : length;
+    records[record] = 0;
+    this.numFree += count;
+    this.inFlight--;
+    const after = this.nextUsed + count;
+    if (after >= this.size) {
+      this.nextUsed = after - this.size;
+      this.usedBits ^= USED_MASK;
+    } else {
+      this.nextUsed = after;
+    }
+    if (!inOrder) {
+      records[record + NEXT_ID] = this.freeId;
+      this.freeId = id;
+    }
     return id;
   }
 
@@ -316,7 +380,7 @@ export class PackedRing {
   enableNotifications(): boolean {
     if (this.eventIdx) {
       // MO-8 release: desc before flags, so that the device never meets DESC with an old position.
-      Atomics.store(this.driverEvent, 0, this.nextUsed | (this.usedWrap << 15));
+      Atomics.store(this.driverEvent, 0, this.usedPosition);
       Atomics.store(this.driverEvent, 1, RING_EVENT_FLAGS_DESC);
     } else {
       Atomics.store(this.driverEvent, 1, RING_EVENT_FLAGS_ENABLE);
@@ -328,117 +392,121 @@ export class PackedRing {
 
   /** Position part of a notification: the next entry not yet available, wrap counter in bit 15 (2.9). */
   get notificationOffset(): number {
-    if (this.heldAt < 0) return this.nextAvail | (this.availWrap << 15);
+    if (this.heldAt < 0) return this.nextAvail | ((this.availBits & F_AVAIL) << 8);
     // Committed chains are not available before publish: the position is that of the first of them.
-    const wrap = ((this.heldTail >>> 16) & VIRTQ_DESC_F_AVAIL) === 0 ? 0 : WRAP_BIT;
-    return ((this.heldAt - TAIL) / DESC_WORDS) | wrap;
+    return ((this.heldAt - TAIL) / WORDS) | (((this.heldTail >>> 16) & F_AVAIL) << 8);
   }
 
   /** Position that a stopped device goes on from: the value of SET_VRING_BASE, both halves alike. */
   get base(): number {
-    const half = this.nextUsed | (this.usedWrap << 15);
+    const half = this.usedPosition;
     return half + half * 0x10000;
   }
 
+  /** The used position, its wrap counter in bit 15. */
+  private get usedPosition(): number {
+    return this.nextUsed | ((this.usedBits & F_AVAIL) << 8);
+  }
+
   private addFramedDirect(lo: number, hi: number, length: number, isWritable: boolean): number {
-    if (this.numFree < FRAME_ELEMENTS || this.numIds === 0) return -1;
-    const id = this.nextId();
     const { desc, slots } = this;
+    if (slots.frameFits || this.numFree < FRAMED) return -1;
+    const id = this.freeId;
     let cursor = this.nextAvail;
     let bits = this.availBits;
-
-    const headTail = id | ((VIRTQ_DESC_F_NEXT | bits) << 16);
-    desc[cursor * DESC_WORDS] = slots.headerAddress(id);
-    desc[cursor * DESC_WORDS + 1] = slots.requestHi;
-    desc[cursor * DESC_WORDS + 2] = slots.headerLength;
+    const headTail = this.writeHeader(id, cursor << 2, bits);
     if (++cursor === this.size) {
       cursor = 0;
       bits ^= USED_MASK;
     }
-    const dataFlags = isWritable ? VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE : VIRTQ_DESC_F_NEXT;
-    writeDescriptor(desc, cursor * DESC_WORDS, lo, hi, length, id | ((dataFlags | bits) << 16));
-    if (++cursor === this.size) {
-      cursor = 0;
-      bits ^= USED_MASK;
-    }
-    const trailerLo = slots.trailerAddress(id);
-    const trailerTail = id | ((VIRTQ_DESC_F_WRITE | bits) << 16);
-    writeDescriptor(desc, cursor * DESC_WORDS, trailerLo, slots.requestHi, slots.trailerLength, trailerTail);
-    this.take(id, headTail, FRAME_ELEMENTS, isWritable ? length + slots.trailerLength : slots.trailerLength);
+    const at = cursor << 2;
+    desc[at] = lo | 0;
+    desc[at + 1] = hi | 0;
+    desc[at + 2] = length | 0;
+    desc[at + 3] = id | (((isWritable ? F_NEXT_WRITE : F_NEXT) | bits) << 16);
+    this.writeTrailer(id, cursor + 1, bits);
+    this.take(id, headTail, FRAMED, isWritable ? length + slots.trailerLength : slots.trailerLength);
     return id;
   }
 
-  private nextId(): number {
-    return this.inOrder ? this.ids[this.idsFront] : this.ids[this.numIds - 1];
+  /** Write the header's entry at word `at`, all but its tail, which is returned. */
+  private writeHeader(id: number, at: number, bits: number): number {
+    const { desc, slots } = this;
+    desc[at] = slots.headerAddress(id);
+    desc[at + 1] = slots.requestHi;
+    desc[at + 2] = slots.headerLength;
+    return id | ((F_NEXT | bits) << 16);
+  }
+
+  /** Write the trailer's entry; `cursor` may be one past the end. */
+  private writeTrailer(id: number, cursor: number, bits: number): void {
+    const { desc, slots } = this;
+    const wraps = cursor === this.size;
+    const at = wraps ? 0 : cursor << 2;
+    desc[at] = slots.trailerAddress(id);
+    desc[at + 1] = slots.requestHi;
+    desc[at + 2] = slots.trailerLength;
+    desc[at + 3] = id | ((F_WRITE | (wraps ? bits ^ USED_MASK : bits)) << 16);
   }
 
   private takeIndirect(id: number, count: number, writable: number): void {
-    const at = this.nextAvail * DESC_WORDS;
-    this.desc[at] = this.slots.tableAddress(id);
-    this.desc[at + 1] = this.slots.tableHi;
-    this.desc[at + 2] = count * DESC_SIZE;
-    this.take(id, id | ((VIRTQ_DESC_F_INDIRECT | this.availBits) << 16), 1, writable);
+    const { desc, slots } = this;
+    const at = this.nextAvail << 2;
+    desc[at] = slots.tableAddress(id);
+    desc[at + 1] = slots.tableHi;
+    desc[at + 2] = count * DESC_BYTES;
+    this.take(id, id | ((F_INDIRECT | this.availBits) << 16), 1, writable);
   }
 
   /** Account for a chain whose entries are written, all but the tail of the first. */
   private take(id: number, headTail: number, count: number, writable: number): void {
-    const at = this.nextAvail * DESC_WORDS + TAIL;
+    const { records } = this;
+    const next = this.nextAvail;
     if (this.heldAt < 0) {
-      this.heldAt = at;
+      this.heldAt = (next << 2) + TAIL;
       this.heldTail = headTail;
     } else {
-      this.desc[at] = headTail;
+      this.desc[(next << 2) + TAIL] = headTail;
     }
-    this.numIds--;
-    if (this.inOrder && ++this.idsFront === this.size) this.idsFront = 0;
-    this.ringCount[id] = count;
-    this.writable[id] = writable;
+    const record = id << 2;
+    this.freeId = records[record + NEXT_ID];
+    records[record] = count;
+    records[record + WRITABLE] = writable | 0;
     this.numFree -= count;
-    this.added += count;
     this.inFlight++;
-    this.nextAvail += count;
-    if (this.nextAvail >= this.size) {
-      this.nextAvail -= this.size;
-      this.availWrap ^= 1;
+    const after = next + count;
+    if (after >= this.size) {
+      this.nextAvail = after - this.size;
       this.availBits ^= USED_MASK;
-    }
-  }
-
-  private giveBack(id: number, length: number): void {
-    const count = this.ringCount[id];
-    const writable = this.writable[id];
-    this.usedLength = length > writable ? writable : length;
-    this.ringCount[id] = 0;
-    this.numFree += count;
-    this.inFlight--;
-    this.nextUsed += count;
-    if (this.nextUsed >= this.size) {
-      this.nextUsed -= this.size;
-      this.usedWrap ^= 1;
-      this.usedBits ^= USED_MASK;
+    } else {
+      this.nextAvail = after;
     }
   }
 
   /** IN_ORDER (2.8.9): one used entry may close a batch, from the oldest chain through the one it names. */
   private startBatch(id: number, length: number): void {
-    const oldest = (this.idsFront + this.numIds) % this.size;
-    const count = ((id - oldest + this.size) % this.size) + 1;
-    if (count > this.inFlight) throw brokenRing("id", id, "the id of a buffer in flight");
+    const count = ((id - this.oldestId + this.size) % this.size) + 1;
+    if (count > this.inFlight) throw this.fail(badId(id));
     this.batch = count;
     this.batchLength = length;
   }
 
-  private pollBatch(): number {
-    const id = (this.idsFront + this.numIds) % this.size;
-    this.batch--;
-    // Only the last chain of a batch has a length; the others were processed wholly.
-    this.giveBack(id, this.batch > 0 ? this.writable[id] : this.batchLength);
-    this.numIds++;
-    return id;
+  /** IN_ORDER: bytes written into the next chain of the batch. Only the last has a length, the others were used wholly. */
+  private nextLength(id: number): number {
+    return --this.batch > 0 ? this.records[(id << 2) + WRITABLE] >>> 0 : this.batchLength;
   }
 
-  private prepareIndirect(id: number): void {
-    this.slots.writeFrame(id, 2, 0, VIRTQ_DESC_F_WRITE << 16);
-    this.shape[id] = SHAPE_FRAME_INDIRECT;
+  /** IN_ORDER: ids are taken in a circle, so those in flight stand right before the next free one. */
+  private get oldestId(): number {
+    return (this.freeId - this.inFlight + this.size) % this.size;
   }
+
+  private prepareIndirect(id: number, trailerEntry: number, shape: number): void {
+    this.slots.writeFrame(id, trailerEntry, 0, VIRTQ_DESC_F_WRITE << 16);
+    this.records[(id << 2) + SHAPE] = shape;
+  }
+}
+
+function badId(id: number): Error {
+  return brokenRing("id", id, "the id of a buffer in flight");
 }

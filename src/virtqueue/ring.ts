@@ -6,6 +6,8 @@ import type { VirtqueueLayout } from "./layout.js";
 
 /** 32-bit words of a descriptor of either format. */
 export const DESC_WORDS = DESC_SIZE / 4;
+// An exported or imported binding is loaded and checked at each use; a constant of the module is folded.
+const WORDS = DESC_WORDS;
 
 /**
  * The fixed ends of every request of a queue, inside the per-request data of its slot: a header that the
@@ -43,12 +45,18 @@ export interface RingOptions {
   readonly frame: RequestFrame | undefined;
 }
 
-/** A slot whose descriptors hold no frame. */
+/** What a slot's descriptors hold of the frame: nothing. */
 export const SHAPE_NONE = 0;
-/** A slot whose ring descriptors hold header, one data element and trailer. */
-export const SHAPE_FRAME_DIRECT = 1;
-/** A slot whose indirect table holds header, one data element and trailer. */
-export const SHAPE_FRAME_INDIRECT = 2;
+/**
+ * Header, one data element and trailer in the ring itself. Any other shape is the entry of the slot's indirect
+ * table at which the trailer stands, behind the header and the data elements; see {@link listShape}.
+ */
+export const SHAPE_DIRECT = 0xffff;
+
+/** Shape of a table whose `count` data elements, too, have the last word that belongs to their place. */
+export function listShape(count: number, isWritable: boolean): number {
+  return (count + 1) | (isWritable ? 0x20000 : 0x10000);
+}
 
 /** Elements of a framed request with one data element. */
 export const FRAME_ELEMENTS = 3;
@@ -76,6 +84,7 @@ export class SlotMemory {
   /** Bytes of the frame's trailer. */
   readonly trailerLength: number;
 
+  private readonly tableWords: number;
   private readonly tableLo: number;
   private readonly requestLo: number;
   private readonly requestSize: number;
@@ -83,7 +92,8 @@ export class SlotMemory {
 
   constructor({ layout, buffer, iova, indirect, frame }: RingOptions) {
     this.tableEntries = indirect === undefined ? 0 : indirect.entries;
-    this.table = new Int32Array(buffer, indirect?.offset ?? 0, layout.queueSize * this.tableEntries * DESC_WORDS);
+    this.tableWords = this.tableEntries * WORDS;
+    this.table = new Int32Array(buffer, indirect?.offset ?? 0, layout.queueSize * this.tableWords);
     this.frameFits = this.tableEntries >= FRAME_ELEMENTS;
     this.tableLo = (indirect?.iova ?? 0) | 0;
     this.tableHi = Math.floor((indirect?.iova ?? 0) / 2 ** 32);
@@ -97,12 +107,12 @@ export class SlotMemory {
 
   /** Word of `table` at which entry `entry` of a slot's table begins. */
   entryAt(slot: number, entry: number): number {
-    return (slot * this.tableEntries + entry) * DESC_WORDS;
+    return slot * this.tableWords + entry * WORDS;
   }
 
   /** Lower half of the address of a slot's table. */
   tableAddress(slot: number): number {
-    return (this.tableLo + slot * this.tableEntries * DESC_SIZE) | 0;
+    return (this.tableLo + slot * this.tableWords * 4) | 0;
   }
 
   /** Lower half of the address of a slot's header. */
@@ -121,63 +131,76 @@ export class SlotMemory {
     writeDescriptor(table, this.entryAt(slot, 0), this.headerAddress(slot), requestHi, headerLength, headerTail);
     writeDescriptor(table, this.entryAt(slot, last), this.trailerAddress(slot), requestHi, trailerLength, trailerTail);
   }
+
+  /** Write the last words of `count` data elements of a slot's table; from one to the next they grow by `step`. */
+  writeTails(slot: number, count: number, tail: number, step: number): void {
+    for (let entry = 1; entry <= count; entry++) this.table[this.entryAt(slot, entry) + 3] = tail + (entry - 1) * step;
+  }
 }
 
-/**
- * The data elements of one framed request, in arrays that are made once: `Virtqueue.addFramedList` takes them in a
- * single call. Addresses are pairs of 32-bit halves, as everywhere on the hot path.
- *
- * @example
- * ```ts
- * import { SegmentList } from "virtio-driver";
- * const list = new SegmentList(126);
- * list.clear();
- * list.add(0x20000, 0, 4096);
- * console.log(list.count, list.bytes); // 1 4096
- * ```
- */
-export class SegmentList {
-  /** Lower halves of the addresses. */
-  readonly lo: Int32Array;
-  /** Upper halves. */
-  readonly hi: Int32Array;
-  /** Bytes of each element. */
-  readonly length: Uint32Array;
-  /** Elements. */
-  count = 0;
-  /** Bytes of all elements. */
-  bytes = 0;
-
-  /** @param capacity - elements there is room for. */
-  constructor(capacity: number) {
-    this.lo = new Int32Array(capacity);
-    this.hi = new Int32Array(capacity);
-    this.length = new Uint32Array(capacity);
-  }
-
-  /** Make it empty. */
-  clear(): void {
-    this.count = 0;
-    this.bytes = 0;
-  }
-
+/** Where the data elements of a framed request go; see `Virtqueue.beginFramed`. */
+export interface SegmentSink {
   /**
    * Add an element.
    *
    * @param lo - lower half of its address for the device.
    * @param hi - upper half.
    * @param length - bytes, 1 to 2^32-1.
-   * @throws RangeError when there is no room, or for an empty element.
+   * @throws RangeError for one more than announced, or for an empty element.
    */
+  add(lo: number, hi: number, length: number): void;
+}
+
+/**
+ * Writes the data elements of a framed request as descriptors, one behind the other: straight into the slot's
+ * indirect table, or into private memory from which they go into the ring.
+ */
+export class SegmentWriter implements SegmentSink {
+  /** Bytes of all elements. */
+  bytes = 0;
+  /** Elements announced. */
+  count = 0;
+  /** Elements of a request that has no table, as descriptors. */
+  readonly staging: Int32Array;
+
+  private words: Int32Array;
+  private at = 0;
+  private end = 0;
+
+  /** @param capacity - elements there is room for outside tables. */
+  constructor(capacity: number) {
+    this.staging = new Int32Array(capacity * WORDS);
+    this.words = this.staging;
+  }
+
+  /**
+   * Begin with an empty list.
+   *
+   * @param words - where the descriptors go, the first one at word `at`. Their last words are not written.
+   */
+  start(words: Int32Array, at: number, count: number): void {
+    this.words = words;
+    this.at = at;
+    this.end = at + count * WORDS;
+    this.count = count;
+    this.bytes = 0;
+  }
+
   add(lo: number, hi: number, length: number): void {
-    const at = this.count;
-    if (at >= this.length.length) throw rangeError("elements", `at most ${this.length.length}`, at + 1);
+    const { words, at } = this;
+    if (at >= this.end) throw rangeError("elements", `at most the ${this.count} announced`, this.count + 1);
     if (length >>> 0 !== length || length === 0) throw rangeError("length", "1 to 2^32-1 bytes", length);
-    this.lo[at] = lo;
-    this.hi[at] = hi;
-    this.length[at] = length;
-    this.count = at + 1;
+    words[at] = lo | 0;
+    words[at + 1] = hi | 0;
+    words[at + 2] = length | 0;
+    this.at = at + WORDS;
     this.bytes += length;
+  }
+
+  /** End the list; it is complete. */
+  finish(): void {
+    const left = (this.end - this.at) / WORDS;
+    if (left > 0) throw rangeError("elements", `the ${this.count} announced`, this.count - left);
   }
 }
 
@@ -207,6 +230,10 @@ export class ChainBuilder {
   count = 0;
   /** Whether the elements go into the slot's indirect table. */
   indirect = false;
+  /** Whether a framed request is being built. */
+  isFramed = false;
+  /** Whether the data elements of the framed request are writable. */
+  isWritable = false;
   /** Bytes of all writable elements. */
   writable = 0;
   /** Bytes of all elements. */
@@ -214,12 +241,20 @@ export class ChainBuilder {
 
   /** Start a chain of at most `limit` elements. */
   start(limit: number, indirect: boolean): void {
-    if (this.limit !== 0) throw rangeError("begin", "commit() or rewind() of the chain before", "a second begin()");
+    this.checkIdle();
     this.limit = limit;
     this.count = 0;
     this.indirect = indirect;
     this.writable = 0;
     this.total = 0;
+  }
+
+  /** Start a framed request; its data elements are the matter of a `SegmentWriter`. */
+  startFramed(indirect: boolean, isWritable: boolean): void {
+    this.checkIdle();
+    this.isFramed = true;
+    this.indirect = indirect;
+    this.isWritable = isWritable;
   }
 
   /** Account for one more element. */
@@ -245,9 +280,24 @@ export class ChainBuilder {
     this.limit = 0;
   }
 
+  /** End the framed request; see {@link finish}. */
+  finishFramed(intact: boolean, segments: SegmentWriter): void {
+    if (!this.isFramed) throw rangeError("commitFramed", "beginFramed() before", "none");
+    segments.finish();
+    if (!intact) throw rangeError("commitFramed", "neither poll() nor addFramed() since beginFramed()", "one of them");
+    this.isFramed = false;
+  }
+
   /** Forget the chain. */
   discard(): void {
     this.limit = 0;
+    this.isFramed = false;
+  }
+
+  private checkIdle(): void {
+    if (this.limit !== 0 || this.isFramed) {
+      throw rangeError("begin", "commit() or rewind() of the chain before", "a second begin");
+    }
   }
 }
 

@@ -17,10 +17,10 @@ import {
   clampU32,
   DESC_WORDS,
   FRAME_ELEMENTS,
+  listShape,
   type RingOptions,
-  type SegmentList,
-  SHAPE_FRAME_DIRECT,
-  SHAPE_FRAME_INDIRECT,
+  SegmentWriter,
+  SHAPE_DIRECT,
   SHAPE_NONE,
   SlotMemory,
   writeDescriptor,
@@ -31,21 +31,42 @@ const RING16 = AVAIL_RING_OFFSET / 2;
 const RING32 = USED_RING_OFFSET / 4;
 const ELEM_WORDS = USED_ELEM_SIZE / 4;
 
+// Without `| 0` the engine converts an argument of unknown type through a double before it stores it. And
+// an imported binding is loaded and checked at each use, a constant of the module is folded into the machine code:
+// worth a third of the cost of a request.
+const WORDS = DESC_WORDS;
+const FRAMED = FRAME_ELEMENTS;
+const NONE = SHAPE_NONE;
+const DIRECT = SHAPE_DIRECT;
+const F_NEXT = VIRTQ_DESC_F_NEXT;
+const F_NEXT_WRITE = VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE;
+const NO_NOTIFY = VIRTQ_USED_F_NO_NOTIFY;
+
+// A private record of each descriptor: four words in one array, so that one base and one bound serve all of them.
+// Records and descriptors alike are found by `<< 2`. Word 0: link in the free list, and from then on in the chain.
+const RECORD_WORDS = 4;
+/** Of the chain that begins here: its last ring descriptor, and in the upper half how many; 0 when not in flight. */
+const EXTENT = 1;
+/** Bytes that the device may write into the chain that begins here. */
+const WRITABLE = 2;
+/** What the descriptors of the chain that begins here still hold of the frame. */
+const SHAPE = 3;
+
 /**
  * All bookkeeping is in private memory. From the shared memory only `used.flags`, `used.idx`,
  * `used.ring` and `avail_event` are read; descriptors and the available ring are written, never read.
  *
  * Free descriptors form a private list, taken and returned at the front as whole chains. A freed chain
  * therefore keeps its inner links, and a framed request that takes it again finds header and trailer
- * already written (`shape`). With IN_ORDER descriptors are taken in table order instead (2.7.9).
+ * already written (`SHAPE`). With IN_ORDER descriptors are taken in table order instead (2.7.9).
  */
 export class SplitRing {
   /** Bytes the device wrote into the chain returned last by {@link poll}, clamped to what it may write. */
   usedLength = 0;
-  /** Chains committed and not yet returned. */
-  inFlight = 0;
   /** Free ring descriptors. */
   numFree: number;
+  /** Takes the data elements between {@link beginFramed} and {@link commitFramed}. */
+  readonly segments: SegmentWriter;
 
   private readonly size: number;
   private readonly mask: number;
@@ -59,19 +80,10 @@ export class SplitRing {
   private readonly availEventAt: number;
 
   private readonly slots: SlotMemory;
-  /** With tables: free descriptors from which on framed requests use the ring itself. */
+  /** Free descriptors down to which framed requests do not use the ring itself. */
   private readonly directReserve: number;
 
-  /** Link of each descriptor in the free list, and from then on in its chain. */
-  private readonly next: Uint16Array;
-  /** Last ring descriptor of the chain that begins here. */
-  private readonly last: Uint16Array;
-  /** Ring descriptors of the chain that begins here; 0 when none is in flight. */
-  private readonly ringCount: Uint16Array;
-  /** Bytes the device may write into the chain that begins here. */
-  private readonly writable: Uint32Array;
-  /** What the descriptors of the chain that begins here still hold. */
-  private readonly shape: Uint8Array;
+  private readonly records: Int32Array;
   /** IN_ORDER: heads in the order made available, a ring of `size`. */
   private readonly order: Uint16Array;
   /** IN_ORDER: position in `order` of each head in flight. */
@@ -80,6 +92,7 @@ export class SplitRing {
   private readonly builder = new ChainBuilder();
   private buildHead = 0;
   private buildCursor = 0;
+  private buildLast = 0;
   private freeHead = 0;
   private availIdx = 0;
   private published = 0;
@@ -99,7 +112,7 @@ export class SplitRing {
     this.inOrder = options.inOrder;
 
     new Uint8Array(buffer, offset, layout.deviceAreaEnd).fill(0);
-    this.desc = new Int32Array(buffer, offset, n * DESC_WORDS);
+    this.desc = new Int32Array(buffer, offset, n * WORDS);
     this.avail = new Uint16Array(buffer, offset + layout.driverAreaOffset, RING16 + n + 1);
     this.usedEventAt = RING16 + n;
     const usedBytes = layout.deviceAreaEnd - layout.deviceAreaOffset;
@@ -108,15 +121,28 @@ export class SplitRing {
     this.availEventAt = (USED_RING_OFFSET + USED_ELEM_SIZE * n) / 2;
 
     this.slots = new SlotMemory(options);
-    this.directReserve = Math.max(FRAME_ELEMENTS - 1, n >> 1);
+    this.segments = new SegmentWriter(n);
+    // Three descriptors in the ring cost the device less than a table that it has to fetch. Tables, which take
+    // one, keep the second half of the ring good for as many requests as it has descriptors.
+    this.directReserve = this.slots.frameFits ? Math.max(FRAMED - 1, n >> 1) : FRAMED - 1;
 
-    this.next = Uint16Array.from({ length: n }, (_, i) => (i + 1) & this.mask);
-    this.last = new Uint16Array(n);
-    this.ringCount = new Uint16Array(n);
-    this.writable = new Uint32Array(n);
-    this.shape = new Uint8Array(n);
+    this.records = new Int32Array(n * RECORD_WORDS);
+    for (let d = 0; d < n; d++) this.records[d << 2] = (d + 1) & this.mask;
     this.order = new Uint16Array(this.inOrder ? n : 0);
     this.orderAt = new Uint16Array(this.inOrder ? n : 0);
+  }
+
+  /** What broke the ring: from then on thrown by every call. */
+  failure: Error | undefined = undefined;
+  /** Chains committed and not yet returned. */
+  get inFlight(): number {
+    return (this.availIdx - this.lastUsed) & 0xffff;
+  }
+
+  /** Break the ring; the first error stays. */
+  fail(error: Error): Error {
+    this.failure ??= error;
+    return error;
   }
 
   /** Start a chain; see `Virtqueue.begin`. */
@@ -126,25 +152,26 @@ export class SplitRing {
     this.builder.start(count, indirect);
     this.buildHead = this.freeHead;
     this.buildCursor = this.freeHead;
-    if (indirect) this.shape[this.freeHead] = SHAPE_NONE;
+    if (indirect) this.records[(this.freeHead << 2) + SHAPE] = NONE;
     return this.freeHead;
   }
 
   /** Add an element to the chain under construction. */
   push(lo: number, hi: number, length: number, isWritable: boolean): void {
-    const builder = this.builder;
+    const { builder, records } = this;
     builder.add(length, isWritable);
-    const flags = VIRTQ_DESC_F_NEXT | (isWritable ? VIRTQ_DESC_F_WRITE : 0);
+    const flags = isWritable ? F_NEXT_WRITE : F_NEXT;
     if (builder.indirect) {
       const at = this.slots.entryAt(this.buildHead, builder.count - 1);
       writeDescriptor(this.slots.table, at, lo, hi, length, flags | (builder.count << 16));
       return;
     }
     const d = this.buildCursor;
-    writeDescriptor(this.desc, d * DESC_WORDS, lo, hi, length, flags | (this.next[d] << 16));
-    this.shape[d] = SHAPE_NONE;
-    this.last[this.buildHead] = d;
-    this.buildCursor = this.next[d];
+    const next = records[d << 2];
+    writeDescriptor(this.desc, d << 2, lo, hi, length, flags | (next << 16));
+    records[(d << 2) + SHAPE] = NONE;
+    this.buildLast = d;
+    this.buildCursor = next;
   }
 
   /** End the chain under construction; see `Virtqueue.commit`. */
@@ -159,8 +186,8 @@ export class SplitRing {
       this.writeIndirect(head, count);
       this.take(head, head, 1, clampU32(builder.writable));
     } else {
-      this.desc[this.last[head] * DESC_WORDS + 3] &= VIRTQ_DESC_F_WRITE;
-      this.take(head, this.last[head], count, clampU32(builder.writable));
+      this.desc[(this.buildLast << 2) + 3] &= VIRTQ_DESC_F_WRITE;
+      this.take(head, this.buildLast, count, clampU32(builder.writable));
     }
     return head;
   }
@@ -172,64 +199,75 @@ export class SplitRing {
 
   /** Add header, one data element and trailer as one chain; see `Virtqueue.addFramed`. */
   addFramed(lo: number, hi: number, length: number, isWritable: boolean): number {
+    if (this.failure !== undefined) throw this.failure;
+    if (this.numFree <= this.directReserve) return this.addFramedIndirect(lo, hi, length, isWritable);
+    const { records, desc } = this;
     const head = this.freeHead;
-    const { slots } = this;
-    const flags = isWritable ? VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE : VIRTQ_DESC_F_NEXT;
-    const writable = isWritable ? length + slots.trailerLength : slots.trailerLength;
-    // Three descriptors in the ring cost the device less than a table that it has to fetch. Tables, which
-    // take one, keep the second half of the ring good for as many requests as it has descriptors.
-    if (slots.frameFits && this.numFree <= this.directReserve) {
-      if (this.numFree === 0) return -1;
-      if (this.shape[head] !== SHAPE_FRAME_INDIRECT) this.prepareIndirect(head);
-      writeDescriptor(slots.table, slots.entryAt(head, 1), lo, hi, length, flags | (2 << 16));
-      this.take(head, head, 1, writable);
-      return head;
-    }
-    if (this.numFree < FRAME_ELEMENTS) return -1;
-    const data = this.next[head];
-    const trailer = this.next[data];
-    if (this.shape[head] !== SHAPE_FRAME_DIRECT) this.prepareDirect(head, data, trailer);
-    writeDescriptor(this.desc, data * DESC_WORDS, lo, hi, length, flags | (trailer << 16));
-    this.take(head, trailer, FRAME_ELEMENTS, writable);
+    const data = records[head << 2];
+    const trailer = records[data << 2];
+    if (records[(head << 2) + SHAPE] !== DIRECT) this.prepareDirect(head, data, trailer);
+    const at = data << 2;
+    desc[at] = lo | 0;
+    desc[at + 1] = hi | 0;
+    desc[at + 2] = length | 0;
+    desc[at + 3] = (isWritable ? F_NEXT_WRITE : F_NEXT) | (trailer << 16);
+    this.take(head, trailer, FRAMED, isWritable ? length + this.slots.trailerLength : this.slots.trailerLength);
     return head;
   }
 
-  /** Add header, any number of data elements and trailer as one chain; see `Virtqueue.addFramedList`. */
-  addFramedList(list: SegmentList, isWritable: boolean): number {
+  /** Start a framed request of `count` data elements; see `Virtqueue.beginFramed`. */
+  beginFramed(count: number, isWritable: boolean): number {
+    const { builder, slots } = this;
+    const indirect = count + 2 <= slots.tableEntries;
+    if (this.numFree < (indirect ? 1 : count + 2)) return -1;
     const head = this.freeHead;
-    const { slots } = this;
-    const { count } = list;
-    const elements = count + 2;
-    const flags = isWritable ? VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE : VIRTQ_DESC_F_NEXT;
-    const writable = clampU32(isWritable ? list.bytes + slots.trailerLength : slots.trailerLength);
-    if (elements <= slots.tableEntries) {
-      if (this.numFree === 0) return -1;
-      slots.writeFrame(head, count + 1, VIRTQ_DESC_F_NEXT | (1 << 16), VIRTQ_DESC_F_WRITE);
-      for (let i = 0, at = slots.entryAt(head, 1); i < count; i++, at += DESC_WORDS) {
-        writeDescriptor(slots.table, at, list.lo[i], list.hi[i], list.length[i], flags | ((i + 2) << 16));
+    builder.startFramed(indirect, isWritable);
+    this.buildHead = head;
+    if (indirect) {
+      const shape = listShape(count, isWritable);
+      if (this.records[(head << 2) + SHAPE] !== shape) {
+        this.prepareIndirect(head, count + 1, shape);
+        slots.writeTails(head, count, (isWritable ? F_NEXT_WRITE : F_NEXT) | (2 << 16), 1 << 16);
       }
-      this.writeIndirect(head, elements);
-      this.shape[head] = SHAPE_NONE;
+      this.segments.start(slots.table, slots.entryAt(head, 1), count);
+    } else {
+      this.segments.start(this.segments.staging, 0, count);
+    }
+    return head;
+  }
+
+  /** End the framed request; see `Virtqueue.commitFramed`. */
+  commitFramed(): number {
+    const { builder, segments, slots, records, desc } = this;
+    const head = this.buildHead;
+    const { count } = segments;
+    builder.finishFramed(head === this.freeHead, segments);
+    const writable = builder.isWritable ? clampU32(segments.bytes + slots.trailerLength) : slots.trailerLength;
+    if (builder.indirect) {
       this.take(head, head, 1, writable);
       return head;
     }
-    if (this.numFree < elements) return -1;
-    let last = this.next[head];
-    for (let i = 0; i < count; i++) {
-      const next = this.next[last];
-      const at = last * DESC_WORDS;
-      writeDescriptor(this.desc, at, list.lo[i], list.hi[i], list.length[i], flags | (next << 16));
-      this.shape[last] = SHAPE_NONE;
-      last = next;
+    const { staging } = segments;
+    const flags = builder.isWritable ? F_NEXT_WRITE : F_NEXT;
+    let last = records[head << 2];
+    for (let from = 0; from < count << 2; from += WORDS) {
+      const at = last << 2;
+      records[(last << 2) + SHAPE] = NONE;
+      last = records[last << 2];
+      desc[at] = staging[from];
+      desc[at + 1] = staging[from + 1];
+      desc[at + 2] = staging[from + 2];
+      desc[at + 3] = flags | (last << 16);
     }
-    this.prepareDirect(head, this.next[head], last);
-    this.shape[head] = SHAPE_NONE;
-    this.take(head, last, elements, writable);
+    this.prepareDirect(head, records[head << 2], last);
+    records[(head << 2) + SHAPE] = NONE;
+    this.take(head, last, count + 2, writable);
     return head;
   }
 
   /** Make committed chains visible to the device; see `Virtqueue.publish`. */
   publish(): boolean {
+    if (this.failure !== undefined) throw this.failure;
     const idx = this.availIdx;
     const old = this.published;
     if (idx === old) return false;
@@ -244,26 +282,30 @@ export class SplitRing {
       const event = Atomics.load(this.used16, this.availEventAt);
       return ((idx - event - 1) & 0xffff) < ((idx - old) & 0xffff);
     }
-    return (Atomics.load(this.used16, 0) & VIRTQ_USED_F_NO_NOTIFY) === 0;
+    return (Atomics.load(this.used16, 0) & NO_NOTIFY) === 0;
   }
 
   /** Take back one used chain; see `Virtqueue.poll`. */
   poll(): number {
+    if (this.failure !== undefined) throw this.failure;
     const last = this.lastUsed;
     // A plain peek guards the atomic load; a stale value only means looking again later.
     if (last === this.usedLimit && (this.used16[IDX] === last || !this.loadUsedIdx())) return -1;
     if (this.inOrder) return this.pollInOrder();
+    const { records, used32 } = this;
     const at = RING32 + ELEM_WORDS * (last & this.mask);
-    const id = this.used32[at];
-    if (id >= this.size || this.ringCount[id] === 0) throw this.badId(id);
-    const length = this.used32[at + 1];
-    const writable = this.writable[id];
+    const id = used32[at];
+    if (id >= this.size) throw this.fail(badId(id));
+    const record = id << 2;
+    const extent = records[record + EXTENT];
+    if (extent === 0) throw this.fail(badId(id));
+    const length = used32[at + 1];
+    const writable = records[record + WRITABLE] >>> 0;
     this.usedLength = length > writable ? writable : length;
     this.lastUsed = (last + 1) & 0xffff;
-    this.inFlight--;
-    this.numFree += this.ringCount[id];
-    this.ringCount[id] = 0;
-    this.next[this.last[id]] = this.freeHead;
+    this.numFree += extent >>> 16;
+    records[record + EXTENT] = 0;
+    records[(extent & 0xffff) << 2] = this.freeHead;
     this.freeHead = id;
     return id;
   }
@@ -299,19 +341,20 @@ export class SplitRing {
   }
 
   private take(head: number, last: number, count: number, writable: number): void {
-    this.freeHead = this.next[last];
+    const { records } = this;
+    const record = head << 2;
+    this.freeHead = records[last << 2];
     this.numFree -= count;
-    this.last[head] = last;
-    this.ringCount[head] = count;
-    this.writable[head] = writable;
-    const at = this.availIdx & this.mask;
+    records[record + EXTENT] = last | (count << 16);
+    records[record + WRITABLE] = writable | 0;
+    const idx = this.availIdx;
+    const at = idx & this.mask;
     if (this.inOrder) {
       this.order[at] = head;
       this.orderAt[head] = at;
     }
     this.avail[RING16 + at] = head;
-    this.availIdx = (this.availIdx + 1) & 0xffff;
-    this.inFlight++;
+    this.availIdx = (idx + 1) & 0xffff;
   }
 
   /** Load used.idx once for the whole batch. */
@@ -320,61 +363,76 @@ export class SplitRing {
     const idx = Atomics.load(this.used16, IDX);
     const fresh = (idx - this.lastUsed) & 0xffff;
     const visible = (this.published - this.lastUsed) & 0xffff;
-    if (fresh > visible) throw brokenRing("used.idx", idx, `at most ${visible} more than ${this.lastUsed}`);
+    if (fresh > visible) throw this.fail(brokenRing("used.idx", idx, `at most ${visible} more than ${this.lastUsed}`));
     this.usedLimit = idx;
     return fresh !== 0;
   }
 
   /** IN_ORDER (2.7.9): one used entry may close a batch, from the oldest chain through the one it names. */
   private pollInOrder(): number {
+    const { records } = this;
     const oldest = this.lastUsed & this.mask;
     if (this.batch === 0) {
       const at = RING32 + ELEM_WORDS * oldest;
       const id = this.used32[at];
-      if (id >= this.size || this.ringCount[id] === 0) throw this.badId(id);
+      if (id >= this.size || records[(id << 2) + EXTENT] === 0) throw this.fail(badId(id));
       const count = ((this.orderAt[id] - oldest) & this.mask) + 1;
       const fresh = (this.usedLimit - this.lastUsed) & 0xffff;
-      if (count > fresh) throw brokenRing("used.idx", this.usedLimit, `${count} more than ${this.lastUsed}`);
+      if (count > fresh) throw this.fail(brokenRing("used.idx", this.usedLimit, `${count} more than ${this.lastUsed}`));
       this.batch = count;
       this.batchLength = this.used32[at + 1];
     }
     const id = this.order[oldest];
-    const writable = this.writable[id];
+    const writable = records[(id << 2) + WRITABLE] >>> 0;
     this.batch--;
     // Only the last chain of a batch has a length; the others were processed wholly.
     this.usedLength = this.batch > 0 || this.batchLength > writable ? writable : this.batchLength;
     this.lastUsed = (this.lastUsed + 1) & 0xffff;
-    this.inFlight--;
-    this.numFree += this.ringCount[id];
-    this.ringCount[id] = 0;
+    this.numFree += records[(id << 2) + EXTENT] >>> 16;
+    records[(id << 2) + EXTENT] = 0;
     return id;
   }
 
+  private addFramedIndirect(lo: number, hi: number, length: number, isWritable: boolean): number {
+    const { slots } = this;
+    if (!slots.frameFits || this.numFree === 0) return -1;
+    const head = this.freeHead;
+    if (this.records[(head << 2) + SHAPE] !== FRAMED - 1) this.prepareIndirect(head, FRAMED - 1, FRAMED - 1);
+    const { table } = slots;
+    const at = slots.entryAt(head, 1);
+    table[at] = lo | 0;
+    table[at + 1] = hi | 0;
+    table[at + 2] = length | 0;
+    table[at + 3] = (isWritable ? F_NEXT_WRITE : F_NEXT) | (2 << 16);
+    this.take(head, head, 1, isWritable ? length + slots.trailerLength : slots.trailerLength);
+    return head;
+  }
+
   private prepareDirect(head: number, data: number, trailer: number): void {
-    const { desc, slots } = this;
+    const { desc, slots, records } = this;
     const headerTail = VIRTQ_DESC_F_NEXT | (data << 16);
     const headerLo = slots.headerAddress(head);
     const trailerLo = slots.trailerAddress(head);
-    writeDescriptor(desc, head * DESC_WORDS, headerLo, slots.requestHi, slots.headerLength, headerTail);
-    writeDescriptor(desc, trailer * DESC_WORDS, trailerLo, slots.requestHi, slots.trailerLength, VIRTQ_DESC_F_WRITE);
+    writeDescriptor(desc, head << 2, headerLo, slots.requestHi, slots.headerLength, headerTail);
+    writeDescriptor(desc, trailer << 2, trailerLo, slots.requestHi, slots.trailerLength, VIRTQ_DESC_F_WRITE);
     // In order, descriptors are taken wherever the table stands, so that no chain finds its frame again.
-    this.shape[head] = this.inOrder ? SHAPE_NONE : SHAPE_FRAME_DIRECT;
-    this.shape[data] = SHAPE_NONE;
-    this.shape[trailer] = SHAPE_NONE;
+    records[(head << 2) + SHAPE] = this.inOrder ? NONE : DIRECT;
+    records[(data << 2) + SHAPE] = NONE;
+    records[(trailer << 2) + SHAPE] = NONE;
   }
 
-  private prepareIndirect(head: number): void {
-    this.slots.writeFrame(head, 2, VIRTQ_DESC_F_NEXT | (1 << 16), VIRTQ_DESC_F_WRITE);
-    this.writeIndirect(head, FRAME_ELEMENTS);
-    this.shape[head] = SHAPE_FRAME_INDIRECT;
+  private prepareIndirect(head: number, trailerEntry: number, shape: number): void {
+    this.slots.writeFrame(head, trailerEntry, VIRTQ_DESC_F_NEXT | (1 << 16), VIRTQ_DESC_F_WRITE);
+    this.writeIndirect(head, trailerEntry + 1);
+    this.records[(head << 2) + SHAPE] = shape;
   }
 
   private writeIndirect(head: number, count: number): void {
     const lo = this.slots.tableAddress(head);
-    writeDescriptor(this.desc, head * DESC_WORDS, lo, this.slots.tableHi, count * DESC_SIZE, VIRTQ_DESC_F_INDIRECT);
+    writeDescriptor(this.desc, head << 2, lo, this.slots.tableHi, count * DESC_SIZE, VIRTQ_DESC_F_INDIRECT);
   }
+}
 
-  private badId(id: number): Error {
-    return brokenRing("used.ring id", id, "the head of a chain in flight");
-  }
+function badId(id: number): Error {
+  return brokenRing("used.ring id", id, "the head of a chain in flight");
 }

@@ -5,7 +5,7 @@ import { DESC_ALIGN, DESC_SIZE } from "./defs.js";
 import { VirtioFeature } from "./features.js";
 import type { VirtqueueLayout } from "./layout.js";
 import { PackedRing } from "./packed.js";
-import type { IndirectTables, RequestFrame, RingOptions, SegmentList } from "./ring.js";
+import type { IndirectTables, RequestFrame, RingOptions, SegmentSink } from "./ring.js";
 import { SplitRing } from "./split.js";
 
 /** What a {@link Virtqueue} is made from. */
@@ -60,13 +60,14 @@ export class Virtqueue {
   readonly maxElements: number;
   /** Bytes from the start of the buffer to the request data of slot 0. */
   readonly requestOffset: number;
+  /** Takes the data elements of a framed request, between {@link beginFramed} and {@link commitFramed}. */
+  readonly segments: SegmentSink;
 
   // One of the two exists, as `isPacked` says. A branch on a flag keeps every call site monomorphic when both
   // formats live in one process; two subclasses behind one name would not.
   private readonly isPacked: boolean;
-  private readonly split!: SplitRing;
-  private readonly packed!: PackedRing;
-  private broken: Error | undefined;
+  private readonly split: SplitRing;
+  private readonly packed: PackedRing;
 
   constructor(options: VirtqueueOptions) {
     const known = ["layout", "index", "buffer", "offset", "iova", "features", "indirect", "frame"];
@@ -111,8 +112,9 @@ export class Virtqueue {
       inOrder: (features & VirtioFeature.IN_ORDER) !== 0n,
     };
     this.isPacked = layout.packed;
-    if (layout.packed) this.packed = new PackedRing(ring);
-    else this.split = new SplitRing(ring);
+    this.packed = layout.packed ? new PackedRing(ring) : NO_RING;
+    this.split = layout.packed ? NO_RING : new SplitRing(ring);
+    this.segments = layout.packed ? this.packed.segments : this.split.segments;
   }
 
   /**
@@ -173,23 +175,36 @@ export class Virtqueue {
    * @returns the slot, whose header the caller fills in before {@link publish}; -1 when there is no room.
    */
   addFramed(lo: number, hi: number, length: number, isWritable: boolean): number {
-    if (this.broken !== undefined) throw this.broken;
     return this.isPacked
       ? this.packed.addFramed(lo, hi, length, isWritable)
       : this.split.addFramed(lo, hi, length, isWritable);
   }
 
   /**
-   * The same for a request with any number of data elements, also none: all readable or all writable.
+   * Start a whole request with any number of data elements, also none, all readable or all writable: the slot's
+   * header, what is added to {@link segments}, the slot's trailer. As for `begin`, neither `poll` nor `addFramed`
+   * may be called before `commitFramed` or `rewind`.
    *
-   * @param list - the data elements; at most {@link maxElements} - 2. The caller keeps the list.
-   * @returns the slot, or -1 when there is no room.
-   * @throws RangeError when the chain would be longer than the queue.
+   * @param count - data elements, at most {@link maxElements} - 2.
+   * @returns the slot, or -1 when there is no room now.
+   * @throws RangeError for another count, or while another chain is being built.
    */
-  addFramedList(list: SegmentList, isWritable: boolean): number {
+  beginFramed(count: number, isWritable: boolean): number {
     if (this.broken !== undefined) throw this.broken;
-    if (list.count + 2 > this.maxElements) throw rangeError("list", `at most ${this.maxElements - 2}`, list.count);
-    return this.isPacked ? this.packed.addFramedList(list, isWritable) : this.split.addFramedList(list, isWritable);
+    if (!(Number.isSafeInteger(count) && count >= 0 && count <= this.maxElements - 2)) {
+      throw rangeError("count", `0 to ${this.maxElements - 2}`, count);
+    }
+    return this.isPacked ? this.packed.beginFramed(count, isWritable) : this.split.beginFramed(count, isWritable);
+  }
+
+  /**
+   * End the framed request; the next {@link publish} makes it visible.
+   *
+   * @returns its slot.
+   * @throws RangeError when fewer elements were added than announced, or none was begun. `rewind` then.
+   */
+  commitFramed(): number {
+    return this.isPacked ? this.packed.commitFramed() : this.split.commitFramed();
   }
 
   /**
@@ -198,7 +213,6 @@ export class Virtqueue {
    * @returns whether the device must be notified; never true when nothing was committed.
    */
   publish(): boolean {
-    if (this.broken !== undefined) throw this.broken;
     return this.isPacked ? this.packed.publish() : this.split.publish();
   }
 
@@ -209,13 +223,7 @@ export class Virtqueue {
    * @throws VirtioError ERR_VIRTIO_QUEUE_BROKEN when the device wrote something impossible.
    */
   poll(): number {
-    if (this.broken !== undefined) throw this.broken;
-    try {
-      return this.isPacked ? this.packed.poll() : this.split.poll();
-    } catch (error) {
-      this.broken = error as Error;
-      throw error;
-    }
+    return this.isPacked ? this.packed.poll() : this.split.poll();
   }
 
   /** Bytes the device wrote into the chain that {@link poll} returned last, at most its writable bytes. */
@@ -269,9 +277,18 @@ export class Virtqueue {
 
   /** Break the queue: every later call that would touch the device's memory throws `error`. */
   fail(error: VirtioError): void {
-    this.broken ??= error;
+    if (this.isPacked) this.packed.fail(error);
+    else this.split.fail(error);
+  }
+
+  /** What broke the queue. The calls of the hot path ask the ring itself. */
+  private get broken(): Error | undefined {
+    return this.isPacked ? this.packed.failure : this.split.failure;
   }
 }
+
+/** The ring that a queue does not have: assigned all the same, so that all queues have one hidden class. */
+const NO_RING = undefined as never;
 
 /** Return `iova` when `bytes` from there are 16-aligned and share the upper half of their addresses. */
 function checkAddress(name: string, iova: number, bytes: number): number {

@@ -1,7 +1,7 @@
 /** A driver's ring, a device's ring and a simple model of both, moved step by step by property tests. */
 
 import assert from "node:assert/strict";
-import { SegmentList, VirtioFeature, Virtqueue, VirtqueueLayout } from "../../src/virtqueue/index.js";
+import { VirtioFeature, Virtqueue, VirtqueueLayout } from "../../src/virtqueue/index.js";
 import { DescriptorChain, DeviceMemory, DeviceVirtqueue } from "../../src/virtqueue/index.js";
 
 /** Address of the first byte of the shared memory; the upper half is not 0, so that mixing halves up shows. */
@@ -62,7 +62,6 @@ export class Pair {
   private readonly pushed: Chain[] = [];
   /** Visible to the driver, in the order in which it must find them. */
   private readonly used: Chain[] = [];
-  private readonly list = new SegmentList(16);
   private readonly slots = new Set<number>();
   private freeDescriptors: number;
   /** The device found nothing and waits: the next publish must notify. */
@@ -152,22 +151,33 @@ export class Pair {
     this.take({ slot, elements: [header, data, trailer], ringCount, written: -1 });
   }
 
-  /** Add a framed request with `count` data elements by one call. */
-  addFramedList(count: number, seed: number, writable: boolean): void {
+  /** Add a framed request with `count` data elements; `given` of them before the first try is dropped. */
+  addFramedList(count: number, seed: number, writable: boolean, given: number): void {
     const { queueSize, tableEntries } = this.options;
+    const { driver } = this;
     if (count + 2 > queueSize) return;
     const data = Array.from({ length: count }, (_, i) => this.element(seed + i, writable));
-    this.list.clear();
-    for (const { offset, length } of data) {
+    const add = ({ offset, length }: Element): void => {
       const address = BASE + offset;
-      this.list.add(address | 0, Math.floor(address / 2 ** 32), length);
-    }
-    const slot = this.driver.addFramedList(this.list, writable);
+      driver.segments.add(address | 0, Math.floor(address / 2 ** 32), length);
+    };
     const ringCount = count + 2 <= tableEntries ? 1 : count + 2;
+    if (given < count && driver.beginFramed(count, writable) >= 0) {
+      for (const element of data.slice(0, given)) add(element);
+      assert.throws(() => driver.commitFramed(), RangeError);
+      assert.throws(() => driver.begin(1), RangeError);
+      assert.throws(() => driver.push(0, 0, 1, false), RangeError);
+      driver.rewind();
+      assert.throws(() => driver.commitFramed(), RangeError);
+    }
+    const slot = driver.beginFramed(count, writable);
     if (ringCount > this.freeDescriptors) {
-      assert.equal(slot, -1, "addFramedList() must refuse a request for which there is no room");
+      assert.equal(slot, -1, "beginFramed() must refuse a request for which there is no room");
       return;
     }
+    for (const element of data) add(element);
+    assert.throws(() => driver.segments.add(0, 0, 1), RangeError);
+    assert.equal(driver.commitFramed(), slot);
     assert.ok(slot >= 0 && !this.slots.has(slot), `slot ${slot} is not free`);
     this.steps++;
     const request = this.driver.slotOffset(slot);

@@ -18,7 +18,7 @@ function apply(pair: Pair, [kind, a, b]: Operation): void {
     case 1:
       return pair.add(a % 4, b % 4, a * 31 + b, false);
     case 2:
-      return pair.addFramedList(a % 7, a * 17 + b, b % 2 === 0);
+      return pair.addFramedList(a % 7, a * 17 + b, b % 2 === 0, (a + b) % 7);
     case 3:
     case 4:
       return pair.addFramed(a + b, b % 2 === 0);

@@ -56,9 +56,9 @@ export class BlockDevice {
   /** Whether requests that change the disk are refused. */
   readonly readOnly: boolean;
   /** Called once when the device is lost; every pending and later call rejects with the same error. */
-  onLost: ((error: VirtioError) => void) | undefined;
+  onLost: ((error: VirtioError) => void) | undefined = undefined;
   /** Called when the device changed its config, with the new size of the disk in bytes. */
-  onConfigChange: ((capacity: number) => void) | undefined;
+  onConfigChange: ((capacity: number) => void) | undefined = undefined;
 
   private readonly transport: VirtioTransport;
   private readonly queues: VirtioBlkQueue[];
@@ -71,7 +71,7 @@ export class BlockDevice {
   private currentConfig: BlkConfig;
   /** The config's capacity once converted: a bigint costs as much as the rest of the checks of a request. */
   private capacityBytes: number;
-  private closing: Promise<void> | undefined;
+  private closing: Promise<void> | undefined = undefined;
   private isStopping = false;
 
   /**

@@ -57,7 +57,7 @@ export abstract class Operation {
   /** Requests in flight. */
   outstanding = 0;
 
-  private failure: Error | undefined;
+  private failure: Error | undefined = undefined;
   private isSettled = false;
   private readonly resolve: () => void;
   private readonly reject: (error: unknown) => void;

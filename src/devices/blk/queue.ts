@@ -13,7 +13,6 @@ import type { QueueNotifier, QueueSetup } from "../../transports/transport.js";
 import {
   DESC_SIZE,
   type IndirectTables,
-  SegmentList,
   VIRTQUEUE_MAX_SIZE,
   VirtioFeature,
   Virtqueue,
@@ -103,14 +102,13 @@ export class VirtioBlkQueue {
   private readonly queue: Virtqueue;
   private readonly words: Int32Array;
   private readonly bytes: Uint8Array;
-  private readonly list: SegmentList;
   /** Ring descriptors of the shortest request with data: one when there are tables for the rest. */
   private readonly leastDescriptors: number;
   private readonly types: Uint8Array;
   private readonly lent: (DeviceBuffer | undefined)[];
   private readonly lentMore: (readonly DeviceBuffer[] | undefined)[];
   private readonly watch: CompletionWatch;
-  private notifier: QueueNotifier | undefined;
+  private notifier: QueueNotifier | undefined = undefined;
   private isReported = false;
 
   /** Bytes of device memory that a queue needs, 16-aligned; see `VirtioBlkQueueOptions.memory`. */
@@ -135,7 +133,6 @@ export class VirtioBlkQueue {
       driverArea: memory.iova + layout.driverAreaOffset,
       deviceArea: memory.iova + layout.deviceAreaOffset,
     };
-    this.list = new SegmentList(limits.maxSegments);
     this.leastDescriptors = tableEntries(options) >= MIN_ELEMENTS ? 1 : MIN_ELEMENTS;
     this.words = new Int32Array(memory.buffer, this.queue.requestOffset, queueSize * REQUEST_WORDS);
     this.bytes = new Uint8Array(memory.buffer, this.queue.requestOffset, queueSize * REQUEST_SIZE);
@@ -225,16 +222,17 @@ export class VirtioBlkQueue {
     if (elements > maxSegments) throw rangeError("segments", `at most ${maxSegments} data elements`, elements);
     if (type === BlkRequestType.IN || type === BlkRequestType.OUT) this.checkSectors(sector, bytes);
 
-    const { list } = this;
-    list.clear();
+    const { queue } = this;
+    const slot = queue.beginFramed(elements, deviceWrites);
+    if (slot < 0) return -1;
     for (const { buffer, offset, length } of segments) {
       for (let done = 0; done < length; done += maxSegmentBytes) {
         const lo = buffer.iovaLo + offset + done;
-        list.add(lo | 0, buffer.iovaHi + Math.floor(lo / 2 ** 32), Math.min(maxSegmentBytes, length - done));
+        const hi = lo > 0xffffffff ? buffer.iovaHi + 1 : buffer.iovaHi;
+        queue.segments.add(lo | 0, hi, Math.min(maxSegmentBytes, length - done));
       }
     }
-    const slot = this.queue.addFramedList(list, deviceWrites);
-    if (slot < 0) return -1;
+    queue.commitFramed();
     for (const { buffer } of segments) buffer.retain();
     this.writeHeader(slot, type, sector);
     this.lentMore[slot] = segments.map(({ buffer }) => buffer);

@@ -76,7 +76,7 @@ export class Scheduler {
   private turn = 0;
   private outstanding = 0;
   private flushScheduled = false;
-  private fatal: VirtioError | undefined;
+  private fatal: VirtioError | undefined = undefined;
   private whenIdle: (() => void)[] = [];
 
   /**
