@@ -93,14 +93,15 @@ export class PackedRing {
   private batchLength = 0;
 
   constructor(options: RingOptions) {
-    const { layout, buffer, offset } = options;
+    const { layout, buffer, offset, resume } = options;
     const n = layout.queueSize;
     this.size = n;
     this.numFree = n;
     this.eventIdx = options.eventIdx;
     this.inOrder = options.inOrder;
 
-    new Uint8Array(buffer, offset, layout.deviceAreaEnd).fill(0);
+    if (resume === undefined) new Uint8Array(buffer, offset, layout.deviceAreaEnd).fill(0);
+    else this.goOnAt(resume);
     this.desc = new Int32Array(buffer, offset, n * DESC_WORDS);
     this.desc16 = new Uint16Array(buffer, offset, n * DESC_HALVES);
     this.driverEvent = new Uint16Array(buffer, offset + layout.driverAreaOffset, 2);
@@ -334,10 +335,20 @@ export class PackedRing {
     return ((this.heldAt - TAIL) / DESC_WORDS) | wrap;
   }
 
-  /** Position that a stopped device goes on from: the value of SET_VRING_BASE, both halves alike. */
-  get base(): number {
+  /** Where an idle ring stands, both halves alike: the value of SET_VRING_BASE. */
+  get position(): number {
     const half = this.nextUsed | (this.usedWrap << 15);
     return half + half * 0x10000;
+  }
+
+  private goOnAt(position: number): void {
+    const half = position & 0xffff;
+    this.nextAvail = half & (WRAP_BIT - 1);
+    this.nextUsed = this.nextAvail;
+    this.availWrap = half >>> 15;
+    this.usedWrap = this.availWrap;
+    this.availBits = this.availWrap === 1 ? VIRTQ_DESC_F_AVAIL : VIRTQ_DESC_F_USED;
+    this.usedBits = this.usedWrap === 1 ? USED_MASK : 0;
   }
 
   private addFramedDirect(lo: number, hi: number, length: number, isWritable: boolean): number {
