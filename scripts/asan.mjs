@@ -1,6 +1,6 @@
 /**
- * Builds the addon with AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of the system calls and of
- * memory on it. Fails on a failed test, on any report, also of a child or worker whose end no test looks at, and on
+ * Builds the addon with AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of the system calls, of
+ * memory and of threads on it. Fails on a failed test, on any report, also of a child or worker whose end no test looks at, and on
  * memory that the addon leaks.
  */
 
@@ -23,12 +23,17 @@ function findRuntime() {
   return isAbsolute(path) ? path : undefined;
 }
 
+/** Every test file of a folder, or a single one. */
 function testFiles(name) {
   const path = join(root, "dist", "test", name);
+  if (name.endsWith(".js")) return [path];
   return readdirSync(path)
     .filter((file) => file.endsWith(".test.js"))
     .map((file) => join(path, file));
 }
+
+/** What is run: all that calls the addon directly, and threads that end in the midst of its calls. */
+const TESTS = ["sys", "memory", "devices/blk/handover.test.js", "system/workers-embedded.test.js"];
 
 /** Whether a report is an error, or a leak of memory that syscalls.c allocated: its frame is right after malloc's. */
 function isOurs(report) {
@@ -48,7 +53,7 @@ function main() {
     return 1;
   }
   const log = join(folder, "report");
-  const tests = spawnSync(process.execPath, ["--test", ...testFiles("sys"), ...testFiles("memory")], {
+  const tests = spawnSync(process.execPath, ["--test", ...TESTS.flatMap(testFiles)], {
     stdio: ["ignore", "inherit", "inherit"],
     timeout: TIMEOUT_MS,
     killSignal: "SIGKILL",

@@ -2,6 +2,7 @@
 
 export { openBlock } from "./address.js";
 export {
+  type AdoptOptions,
   BlockDevice,
   type BlockInfo,
   type BlockRange,
@@ -9,6 +10,7 @@ export {
   type CacheMode,
   type CompletionMode,
   type DataSegment,
+  type HandOverOptions,
   type Memory,
   type OpenBlockOptions,
   type ReadResult,

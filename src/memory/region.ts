@@ -6,7 +6,7 @@ import { closeFd, createMemfd, HUGE_PAGE_BYTES, type HugePageSize, mapShared, un
 /** Size and address of a region are multiples of this: some back-ends map huge pages only. */
 export const REGION_ALIGN = HUGE_PAGE_BYTES["2M"];
 
-const CLOSED = -1;
+const NO_FD = -1;
 
 /** What a {@link MemoryRegion} is made of. */
 export interface MemoryRegionOptions {
@@ -71,7 +71,26 @@ export class MemoryRegion {
     }
   }
 
-  /** The memory file, to be handed to the device; -1 after `close`. */
+  /**
+   * Map a region that another thread of this process has made. The device knows it by the same address; what one
+   * thread writes, the other sees.
+   *
+   * @param region.fd the memory file. It stays the other thread's: needed until this returns, never closed here.
+   * @throws VirtioError ERR_VIRTIO_SYSCALL when it cannot be mapped; RangeError for a size above the file's.
+   */
+  static attach({
+    fd,
+    size,
+    iova,
+  }: {
+    readonly fd: number;
+    readonly size: number;
+    readonly iova: number;
+  }): MemoryRegion {
+    return new MemoryRegion(NO_FD, mapShared(fd, size), iova);
+  }
+
+  /** The memory file, to be handed to the device; -1 when it is another thread's, and after `close`. */
   get fd(): number {
     return this.#fd;
   }
@@ -83,10 +102,10 @@ export class MemoryRegion {
 
   /** Unmap and close. The device must have been told before. Idempotent. */
   close(): void {
-    if (this.#fd === CLOSED) return;
+    if (this.#buffer.byteLength === 0) return;
     const fd = this.#fd;
-    this.#fd = CLOSED;
+    this.#fd = NO_FD;
     unmapShared(this.#buffer);
-    closeFd(fd);
+    if (fd !== NO_FD) closeFd(fd);
   }
 }

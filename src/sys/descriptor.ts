@@ -22,6 +22,21 @@ export function closeFd(fd: number): void {
   if (result < 0) throw systemError(result, "close", `closing descriptor ${fd}`);
 }
 
+/** Command of fcntl (linux/fcntl.h). */
+const F_DUPFD_CLOEXEC = 1030;
+
+/**
+ * Make another descriptor of the same open file, close-on-exec.
+ *
+ * @returns the new descriptor; it stays open when `fd` is closed.
+ * @throws VirtioError ERR_VIRTIO_SYSCALL when `fd` is not open (EBADF), or too many are (EMFILE).
+ */
+export function duplicateFd(fd: number): number {
+  const result = native().fcntl(checkFd("fd", fd), F_DUPFD_CLOEXEC, 0);
+  if (result < 0) throw systemError(result, "fcntl", `duplicating descriptor ${fd}`);
+  return result;
+}
+
 /**
  * Issue a device request. A `Uint8Array` is read and written in place; a number is passed by value.
  *

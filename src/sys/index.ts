@@ -1,6 +1,6 @@
 /** What the kernel offers and Node.js does not: shared memory, event descriptors, descriptors over sockets. */
 
-export { closeFd, fallocate, ioctl } from "./descriptor.js";
+export { closeFd, duplicateFd, fallocate, ioctl } from "./descriptor.js";
 export { errnoName } from "./errno.js";
 export { EventFd } from "./eventfd.js";
 export { type MapOptions, mapShared, unmapShared } from "./mapping.js";

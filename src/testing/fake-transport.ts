@@ -2,7 +2,7 @@
 
 import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../errors.js";
 import { IovaSpace, MemoryRegion } from "../memory/index.js";
-import { EventFd } from "../sys/index.js";
+import { EventFd, FdWatcher } from "../sys/index.js";
 import type { QueueNotifier, QueueSetup, VirtioTransport, WaitOptions } from "../transports/transport.js";
 import { DeviceMemory } from "../virtqueue/device-memory.js";
 import { VirtioFeature } from "../virtqueue/features.js";
@@ -18,10 +18,11 @@ export type FakeEvent =
   | { readonly step: "unmapMemory"; readonly iova: number }
   | { readonly step: "startQueues"; readonly queues: readonly QueueSetup[] }
   | { readonly step: "notify"; readonly index: number; readonly data: number }
+  | { readonly step: "kick"; readonly index: number }
   | { readonly step: "close" };
 
 /** A step that can be made to fail; see `FakeTransport.failures`. */
-export type FakeStep = Exclude<FakeEvent["step"], "notify" | "close">;
+export type FakeStep = Exclude<FakeEvent["step"], "notify" | "kick" | "close">;
 
 /** What a {@link FakeTransport} is made from. */
 export interface FakeTransportOptions {
@@ -148,7 +149,8 @@ export class FakeTransport implements VirtioTransport {
 
   private readonly iova = new IovaSpace({ ranges: [{ start: FIRST_IOVA, end: LAST_IOVA }] });
   private readonly regions = new Set<MemoryRegion>();
-  private readonly completions: EventFd[] = [];
+  /** What is to be closed at the end: eventfds and their watchers. */
+  private readonly events: { close(): void }[] = [];
   private readonly onNotify: (queue: FakeQueue) => void;
   private accepted: bigint | undefined = undefined;
   private ended: Error | undefined = undefined;
@@ -253,7 +255,7 @@ export class FakeTransport implements VirtioTransport {
   async close(): Promise<void> {
     this.log.push({ step: "close" });
     this.end(new VirtioError("ERR_VIRTIO_CLOSED", `${this.address} is closed; make a new one`));
-    for (const completion of this.completions.splice(0)) completion.close();
+    for (const event of this.events.splice(0)) event.close();
     for (const region of this.regions) this.free(region);
   }
 
@@ -306,12 +308,19 @@ export class FakeTransport implements VirtioTransport {
       ...{ features: this.features, memory: this.memory },
     });
     const completion = EventFd.create();
-    this.completions.push(completion);
+    const kick = EventFd.create();
     const queue = new FakeQueue(setup, device, completion);
     this.queues.push(queue);
+    const watcher = new FdWatcher(kick.fd, { drain: true }, () => {
+      this.log.push({ step: "kick", index });
+      this.serve(queue);
+    });
+    watcher.unref();
+    this.events.push(watcher, kick, completion);
     return {
       index,
       completion,
+      kick,
       notify: (data) => {
         this.log.push({ step: "notify", index, data });
         queue.notifications.push(data);

@@ -24,6 +24,10 @@ export interface QueueNotifier {
   /** The device signals this when it has used buffers; owned by the transport. */
   readonly completion: EventFd;
   /**
+   * What `notify` signals, where that is all it does: another thread can notify by it, too. Owned by the transport.
+   */
+  readonly kick?: EventFd;
+  /**
    * Send an available buffer notification. `data` is the 32-bit value of `VIRTIO_F_NOTIFICATION_DATA`
    * (virtio 1.3, 2.9); transports whose notifications carry nothing ignore it. Never called before
    * DRIVER_OK.

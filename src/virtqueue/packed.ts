@@ -112,14 +112,15 @@ export class PackedRing {
   private batchLength = 0;
 
   constructor(options: RingOptions) {
-    const { layout, buffer, offset } = options;
+    const { layout, buffer, offset, resume } = options;
     const n = layout.queueSize;
     this.size = n;
     this.numFree = n;
     this.eventIdx = options.eventIdx;
     this.inOrder = options.inOrder;
 
-    new Uint8Array(buffer, offset, layout.deviceAreaEnd).fill(0);
+    if (resume === undefined) new Uint8Array(buffer, offset, layout.deviceAreaEnd).fill(0);
+    else this.goOnAt(resume);
     this.desc = new Int32Array(buffer, offset, n * WORDS);
     this.desc16 = new Uint16Array(buffer, offset, n * DESC_HALVES);
     this.driverEvent = new Uint16Array(buffer, offset + layout.driverAreaOffset, 2);
@@ -397,15 +398,22 @@ export class PackedRing {
     return ((this.heldAt - TAIL) / WORDS) | (((this.heldTail >>> 16) & F_AVAIL) << 8);
   }
 
-  /** Position that a stopped device goes on from: the value of SET_VRING_BASE, both halves alike. */
-  get base(): number {
-    const half = this.usedPosition;
-    return half + half * 0x10000;
+  /** Where an idle ring stands, both halves alike: the value of SET_VRING_BASE. */
+  get position(): number {
+    return this.usedPosition + this.usedPosition * 0x10000;
   }
 
   /** The used position, its wrap counter in bit 15. */
   private get usedPosition(): number {
     return this.nextUsed | ((this.usedBits & F_AVAIL) << 8);
+  }
+
+  private goOnAt(position: number): void {
+    this.nextAvail = position & (WRAP_BIT - 1);
+    this.nextUsed = this.nextAvail;
+    const wraps = (position & WRAP_BIT) !== 0;
+    this.availBits = wraps ? VIRTQ_DESC_F_AVAIL : VIRTQ_DESC_F_USED;
+    this.usedBits = wraps ? USED_MASK : 0;
   }
 
   private addFramedDirect(lo: number, hi: number, length: number, isWritable: boolean): number {

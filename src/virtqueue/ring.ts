@@ -43,6 +43,8 @@ export interface RingOptions {
   readonly inOrder: boolean;
   readonly indirect: IndirectTables | undefined;
   readonly frame: RequestFrame | undefined;
+  /** Where to go on with the ring as it is in memory; a new ring, cleared, when undefined. */
+  readonly resume: number | undefined;
 }
 
 /** What a slot's descriptors hold of the frame: nothing. */

@@ -103,7 +103,7 @@ export class SplitRing {
   private batchLength = 0;
 
   constructor(options: RingOptions) {
-    const { layout, buffer, offset } = options;
+    const { layout, buffer, offset, resume } = options;
     const n = layout.queueSize;
     this.size = n;
     this.mask = n - 1;
@@ -111,7 +111,8 @@ export class SplitRing {
     this.eventIdx = options.eventIdx;
     this.inOrder = options.inOrder;
 
-    new Uint8Array(buffer, offset, layout.deviceAreaEnd).fill(0);
+    if (resume === undefined) new Uint8Array(buffer, offset, layout.deviceAreaEnd).fill(0);
+    else this.goOnAt(resume);
     this.desc = new Int32Array(buffer, offset, n * WORDS);
     this.avail = new Uint16Array(buffer, offset + layout.driverAreaOffset, RING16 + n + 1);
     this.usedEventAt = RING16 + n;
@@ -335,9 +336,21 @@ export class SplitRing {
     return this.published;
   }
 
-  /** Ring index that a stopped device goes on from: the value of SET_VRING_BASE. */
-  get base(): number {
-    return this.lastUsed;
+  /**
+   * Where an idle ring stands: in the lower half the index that a stopped device goes on from (SET_VRING_BASE),
+   * in the upper half the next descriptor, which counts only with IN_ORDER: there they are taken in table order.
+   */
+  get position(): number {
+    return this.lastUsed + (this.inOrder ? this.freeHead * 0x10000 : 0);
+  }
+
+  private goOnAt(position: number): void {
+    const index = position & 0xffff;
+    this.availIdx = index;
+    this.published = index;
+    this.lastUsed = index;
+    this.usedLimit = index;
+    this.freeHead = position >>> 16;
   }
 
   private take(head: number, last: number, count: number, writable: number): void {

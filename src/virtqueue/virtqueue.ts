@@ -26,6 +26,11 @@ export interface VirtqueueOptions {
   readonly indirect?: IndirectTables;
   /** Fixed ends of every request, for {@link Virtqueue.addFramed}. */
   readonly frame?: RequestFrame;
+  /**
+   * Go on where an idle queue on the same memory stood: its {@link Virtqueue.position}. The ring is left as it is in
+   * memory, and so is what the device was last asked about notifications. Without it the ring is cleared.
+   */
+  readonly resume?: number;
 }
 
 /**
@@ -70,7 +75,7 @@ export class Virtqueue {
   private readonly packed: PackedRing;
 
   constructor(options: VirtqueueOptions) {
-    const known = ["layout", "index", "buffer", "offset", "iova", "features", "indirect", "frame"];
+    const known = ["layout", "index", "buffer", "offset", "iova", "features", "indirect", "frame", "resume"];
     checkOptions("Virtqueue", options, known);
     const { layout, buffer, features, frame } = options;
     if (typeof features !== "bigint") throw typeError("features", "a bigint", features);
@@ -106,10 +111,11 @@ export class Virtqueue {
     this.index = checkInteger("index", options.index ?? 0, 0, 65535);
     this.maxElements = layout.queueSize;
     this.requestOffset = offset + layout.reqOffset;
+    const inOrder = (features & VirtioFeature.IN_ORDER) !== 0n;
+    const resume = options.resume === undefined ? undefined : checkPosition(options.resume, layout, inOrder);
     const ring: RingOptions = {
-      ...{ layout, buffer, offset, iova, indirect, frame },
+      ...{ layout, buffer, offset, iova, indirect, frame, inOrder, resume },
       eventIdx: (features & VirtioFeature.EVENT_IDX) !== 0n,
-      inOrder: (features & VirtioFeature.IN_ORDER) !== 0n,
     };
     this.isPacked = layout.packed;
     this.packed = layout.packed ? new PackedRing(ring) : NO_RING;
@@ -270,6 +276,15 @@ export class Virtqueue {
     return position * 0x10000 + this.index;
   }
 
+  /**
+   * Where the queue stands, for the option `resume` of another `Virtqueue` that goes on with its memory; undefined
+   * while a chain is in flight. Also the value of vhost-user's `SET_VRING_BASE`, for split queues in the lower half.
+   */
+  get position(): number | undefined {
+    if (this.inFlight > 0) return undefined;
+    return this.isPacked ? this.packed.position : this.split.position;
+  }
+
   /** Byte offset in the buffer of the request data of `slot`. */
   slotOffset(slot: number): number {
     return this.requestOffset + slot * this.layout.requestSize;
@@ -289,6 +304,16 @@ export class Virtqueue {
 
 /** The ring that a queue does not have: assigned all the same, so that all queues have one hidden class. */
 const NO_RING = undefined as never;
+/** Return `position` when an idle queue of this layout can stand there. */
+function checkPosition(position: number, { packed, queueSize }: VirtqueueLayout, inOrder: boolean): number {
+  checkInteger("resume", position, 0, 0xffff_ffff);
+  const upper = position >>> 16;
+  const isPossible = packed
+    ? upper === (position & 0xffff) && (upper & 0x7fff) < queueSize
+    : upper < (inOrder ? queueSize : 1);
+  if (!isPossible) throw rangeError("resume", `where an idle queue of ${queueSize} can stand`, position);
+  return position;
+}
 
 /** Return `iova` when `bytes` from there are 16-aligned and share the upper half of their addresses. */
 function checkAddress(name: string, iova: number, bytes: number): number {

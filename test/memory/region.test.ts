@@ -34,6 +34,32 @@ test("closing detaches, unmaps and closes, once", () => {
   assert.equal(openFds(), before);
 });
 
+test("a region attached elsewhere is the same memory, and its descriptor is not touched", () => {
+  const before = openFds();
+  const region = MemoryRegion.create({ name: "attached", size: 3 * MIB, iova: 8 * MIB });
+  const other = MemoryRegion.attach(region);
+  assert.deepEqual([other.size, other.iova, other.fd], [4 * MIB, 8 * MIB, -1]);
+  assert.equal(mappings("attached").length, 2);
+  new Uint8Array(region.buffer)[4 * MIB - 1] = 42;
+  assert.equal(new Uint8Array(other.buffer)[4 * MIB - 1], 42);
+  region.close();
+  new Uint8Array(other.buffer)[0] = 1; // lives on
+  other.close();
+  other.close();
+  assert.equal(other.buffer.byteLength, 0);
+  assert.deepEqual(mappings("attached"), []);
+  assert.equal(openFds(), before);
+});
+
+test("what cannot be attached is refused", () => {
+  const region = MemoryRegion.create({ name: "refused", size: 1, iova: 2 * MIB });
+  const { fd, size, iova } = region;
+  assert.throws(() => MemoryRegion.attach({ fd, size: size + 1, iova }), { code: "ERR_VIRTIO_ARGUMENT" });
+  region.close();
+  assert.throws(() => MemoryRegion.attach({ fd, size, iova }), { code: "ERR_VIRTIO_SYSCALL" });
+  assert.deepEqual(mappings("refused"), []);
+});
+
 test("200 regions leave no descriptor and no mapping", () => {
   const before = openFds();
   for (let i = 0; i < 200; i++) MemoryRegion.create({ name: "many", size: 64 * MIB, iova: 2 * MIB }).close();

@@ -8,6 +8,8 @@ import test from "node:test";
 import {
   closeFd,
   createMemfd,
+  duplicateFd,
+  fileSize,
   fallocate,
   ioctl,
   mapShared,
@@ -15,8 +17,22 @@ import {
   unmapShared,
   sendMessage,
 } from "../../src/sys/index.js";
+import { openFlags } from "./helpers.js";
 
 const { errno } = constants;
+
+test("a duplicate is the same open file, close-on-exec, and outlives the first descriptor", () => {
+  const FD_CLOEXEC_FLAG = 0o2000000;
+  const fd = createMemfd("duplicate", 4096);
+  const copy = duplicateFd(fd);
+  assert.notEqual(copy, fd);
+  assert.equal(openFlags(copy) & FD_CLOEXEC_FLAG, FD_CLOEXEC_FLAG);
+  closeFd(fd);
+  assert.equal(fileSize(copy), 4096);
+  closeFd(copy);
+  assert.throws(() => duplicateFd(copy), { code: "ERR_VIRTIO_SYSCALL", errno: errno.EBADF, syscall: "fcntl" });
+  assert.throws(() => duplicateFd(-1), { code: "ERR_VIRTIO_ARGUMENT" });
+});
 
 test("ioctl reads and writes the bytes it is given", () => {
   const FIONREAD = 0x541b;

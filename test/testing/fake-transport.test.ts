@@ -5,6 +5,7 @@ import { describe, test } from "node:test";
 import { VirtioError } from "../../src/errors.js";
 import { FakeTransport, type FakeTransportOptions, takeBlk } from "../../src/testing/index.js";
 import { VirtioFeature, Virtqueue, VirtqueueLayout } from "../../src/virtqueue/index.js";
+import { turnUntil } from "../sys/helpers.js";
 
 const CODE = (code: string) => (error: unknown) => error instanceof VirtioError && error.code === code;
 
@@ -86,6 +87,16 @@ test("the device's script runs in a microtask, and again when more came while it
   assert.equal(queue.poll(), 0);
   assert.equal(queue.usedLength, 1);
   await transport.close();
+});
+
+test("the kick descriptor notifies as well: from other threads", async () => {
+  let calls = 0;
+  const { transport, notifier } = await started({ onNotify: () => calls++ });
+  notifier.kick?.signal();
+  assert.ok(await turnUntil(() => calls === 1));
+  assert.deepEqual(transport.steps.at(-1), "kick");
+  await transport.close();
+  assert.equal(notifier.kick?.fd, -1);
 });
 
 test("a script that takes nothing is not called for ever", async () => {

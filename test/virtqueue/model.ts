@@ -1,7 +1,8 @@
 /** A driver's ring, a device's ring and a simple model of both, moved step by step by property tests. */
 
 import assert from "node:assert/strict";
-import { VirtioFeature, Virtqueue, VirtqueueLayout } from "../../src/virtqueue/index.js";
+import { VirtioError } from "../../src/errors.js";
+import { VirtioFeature, Virtqueue, VirtqueueLayout, type VirtqueueOptions } from "../../src/virtqueue/index.js";
 import { DescriptorChain, DeviceMemory, DeviceVirtqueue } from "../../src/virtqueue/index.js";
 
 /** Address of the first byte of the shared memory; the upper half is not 0, so that mixing halves up shows. */
@@ -42,7 +43,7 @@ interface Held {
 
 /** One driver and one device on the same memory, and what should be where. */
 export class Pair {
-  readonly driver: Virtqueue;
+  driver: Virtqueue;
   readonly device: DeviceVirtqueue;
   readonly buffer: ArrayBuffer;
   readonly layout: VirtqueueLayout;
@@ -50,6 +51,7 @@ export class Pair {
   steps = 0;
 
   private readonly options: PairOptions;
+  private readonly driverOptions: VirtqueueOptions;
   private readonly dataOffset: number;
   private readonly popped: DescriptorChain;
   /** Committed, not yet published. */
@@ -85,10 +87,11 @@ export class Pair {
     this.dataOffset = tables + queueSize * tableEntries * 16;
     this.buffer = new ArrayBuffer(this.dataOffset + DATA_BYTES);
     new Uint8Array(this.buffer).fill(0xff); // a driver must zero what it needs zeroed
-    this.driver = new Virtqueue({
+    this.driverOptions = {
       ...{ layout: this.layout, buffer: this.buffer, iova: BASE, features, frame: FRAME },
       ...(tableEntries > 0 && { indirect: { offset: tables, iova: BASE + tables, entries: tableEntries } }),
-    });
+    };
+    this.driver = new Virtqueue(this.driverOptions);
     const memory = new DeviceMemory();
     memory.add(BigInt(BASE), this.buffer);
     this.device = new DeviceVirtqueue({
@@ -305,9 +308,21 @@ export class Pair {
     this.checkCounts();
   }
 
+  /** Drain, and go on with another driver on the same memory. The device notices nothing. */
+  resume(): void {
+    this.drain();
+    const before = this.driver;
+    this.driver = new Virtqueue({ ...this.driverOptions, resume: before.position ?? assert.fail("it is not idle") });
+    assert.equal(this.driver.position, before.position);
+    before.fail(new VirtioError("ERR_VIRTIO_CLOSED", "another driver goes on with this queue"));
+    this.checkCounts();
+    this.steps++;
+  }
+
   private checkCounts(): void {
     assert.equal(this.driver.inFlight, this.slots.size);
     assert.equal(this.driver.numFree, this.freeDescriptors);
+    assert.equal(this.driver.position === undefined, this.slots.size > 0);
   }
 
   private take(chain: Chain): void {

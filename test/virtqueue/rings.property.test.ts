@@ -41,12 +41,14 @@ function apply(pair: Pair, [kind, a, b]: Operation): void {
       return b % 2 === 0 ? pair.driverEnable() : pair.driverDisable();
     case 14:
       return b % 2 === 0 ? pair.deviceEnable() : pair.deviceDisable();
-    default:
+    case 15:
       return pair.drain();
+    default:
+      return pair.resume();
   }
 }
 
-const operations = fc.array(fc.tuple(fc.nat(15), fc.nat(200), fc.nat(200)), {
+const operations = fc.array(fc.tuple(fc.nat(16), fc.nat(200), fc.nat(200)), {
   maxLength: OPERATIONS,
   size: "max",
 });

@@ -1,5 +1,6 @@
 /** A virtio-blk device as Node people expect one: promises, FileHandle-like reads and writes, `await using`. */
 
+import type { MessagePort } from "node:worker_threads";
 import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../../errors.js";
 import { type BufferPool, DeviceBuffer, type MemoryRegion } from "../../memory/index.js";
 import {
@@ -16,10 +17,13 @@ import {
 } from "../../protocol/blk.js";
 import type { VirtioTransport } from "../../transports/transport.js";
 import { isPowerOfTwo } from "../../virtqueue/index.js";
+import { adoptQueues } from "./adoption.js";
+import { Handovers } from "./handover.js";
 import { type BlockInfo, describeDevice } from "./info.js";
-import { type BlkMemory, negotiateBlk, readBlkConfig, startBlkQueues } from "./negotiate.js";
+import { type BlkControl, type BlkMemory, negotiateBlk, readBlkConfig, startBlkQueues } from "./negotiate.js";
 import { ControlOperation, type Memory, stretchOf, TransferOperation } from "./operation.js";
-import { type BlockRange, OPEN_BLOCK_OPTIONS, type OpenBlockOptions, type TransferOptions } from "./options.js";
+import { checkOpenOptions, checkSignal, checkTransferOptions, rangeList } from "./options.js";
+import type { AdoptOptions, BlockRange, HandOverOptions, OpenBlockOptions, TransferOptions } from "./options.js";
 import type { CompletionMode } from "../completion.js";
 import type { VirtioBlkQueue } from "./queue.js";
 import { discardRequests, type SegmentLimits } from "./ranges.js";
@@ -60,10 +64,10 @@ export class BlockDevice {
   /** Called when the device changed its config, with the new size of the disk in bytes. */
   onConfigChange: ((capacity: number) => void) | undefined = undefined;
 
-  private readonly transport: VirtioTransport;
-  private readonly queues: VirtioBlkQueue[];
+  private readonly transport: BlkControl;
   private readonly allQueues: readonly VirtioBlkQueue[];
   private readonly scheduler: Scheduler;
+  private readonly handovers: Handovers;
   private readonly pool: BufferPool;
   private readonly bounce: BufferPool;
   private readonly regions: ReadonlySet<MemoryRegion>;
@@ -94,14 +98,37 @@ export class BlockDevice {
     }
   }
 
-  private constructor(transport: VirtioTransport, config: BlkConfig, memory: BlkMemory, options: OpenBlockOptions) {
+  /**
+   * Drive queues that another thread has handed over ({@link handOver}), as a device of this thread: everything is
+   * as ever, over those queues and the memory that came with them. The config space and the device's end go through
+   * the other thread, which has to give its event loop turns. `close` gives the queues back; where a thread ends
+   * without it, they are lost to the device until it is opened again.
+   *
+   * @param port - from {@link handOver}. It is this object's from now on.
+   * @throws TypeError for anything else, or a port that was adopted before; VirtioError ERR_VIRTIO_CLOSED, or why the
+   *   device was lost, when it has ended meanwhile. What was handed over goes back then.
+   */
+  static async adopt(port: MessagePort, options: AdoptOptions = {}): Promise<BlockDevice> {
+    const { control, config, memory, options: openOptions } = adoptQueues(port, options);
+    const device = new BlockDevice(control, config, memory, openOptions);
+    control.onConfig = (latest) => device.configure(latest);
+    control.onConfigChange = () => device.onConfigChange?.(device.capacity);
+    control.onClosing = (error) => {
+      if (device.closing !== undefined) return;
+      void device.close();
+      device.onLost?.(error);
+    };
+    control.start();
+    return device;
+  }
+
+  private constructor(transport: BlkControl, config: BlkConfig, memory: BlkMemory, options: OpenBlockOptions) {
     this.transport = transport;
     this.address = transport.address;
     this.features = transport.features;
     this.currentConfig = config;
     this.capacityBytes = Number(config.capacity) * SECTOR_SIZE;
-    this.queues = memory.queues;
-    this.allQueues = [...memory.queues];
+    this.allQueues = memory.queues;
     this.pool = memory.pool;
     this.bounce = memory.bounce;
     this.regions = memory.regions;
@@ -109,11 +136,17 @@ export class BlockDevice {
     const { blkSize } = config;
     this.blockSize = blkSize !== undefined && blkSize >= SECTOR_SIZE && isPowerOfTwo(blkSize) ? blkSize : SECTOR_SIZE;
     this.readOnly = options.readOnly === true || this.has(BlkFeature.RO);
-    this.scheduler = new Scheduler(this.queues, this.bounce, (error) => this.lose(error));
+    this.scheduler = new Scheduler(memory.queues, this.bounce, (error) => this.lose(error));
+    this.handovers = new Handovers(transport, memory, this.scheduler, config, {
+      options,
+      ended: () => this.ended,
+      refresh: () => this.refresh(),
+      lose: (error) => this.lose(error),
+    });
     transport.onLost = (error) => this.lose(error);
     transport.onConfigChange = () => {
       this.refresh().then(
-        () => this.onConfigChange?.(this.capacity),
+        () => this.configChanged(),
         (error: unknown) => {
           if (this.closing === undefined) this.lose(error);
         },
@@ -138,7 +171,7 @@ export class BlockDevice {
 
   /** How completions are learnt of; may be switched at any time. In mode `"poll"` by calls of {@link poll} alone. */
   get mode(): CompletionMode {
-    return this.allQueues[0].mode;
+    return this.scheduler.mode;
   }
 
   set mode(mode: CompletionMode) {
@@ -286,9 +319,8 @@ export class BlockDevice {
   /** Read the config space again, as after a change by the device. */
   async refresh(): Promise<BlkConfig> {
     this.throwIfEnded();
-    this.currentConfig = await readBlkConfig(this.transport, this.features, this.openOptions);
-    this.capacityBytes = Number(this.currentConfig.capacity) * SECTOR_SIZE;
-    for (const queue of this.allQueues) queue.capacity = this.capacityBytes / SECTOR_SIZE;
+    this.configure(await readBlkConfig(this.transport, this.features, this.openOptions));
+    this.handovers.tellConfig(this.currentConfig);
     return this.currentConfig;
   }
 
@@ -312,7 +344,21 @@ export class BlockDevice {
   }
 
   /**
+   * Give idle queues to another thread, the last ones first, with memory of their own: send the port there, by
+   * `workerData` or `postMessage` with the port in the transfer list, and {@link adopt} it. The calls of this object
+   * use the queues that are left, if any, until the other thread calls `close`, or closes a port it did not adopt.
+   *
+   * @throws VirtioError ERR_VIRTIO_QUEUES when calls are pending or fewer queues are left, ERR_VIRTIO_MEMORY when the
+   *   device takes no more memory, ERR_VIRTIO_UNSUPPORTED for a device that was adopted itself.
+   */
+  async handOver(options: HandOverOptions = NO_OPTIONS): Promise<MessagePort> {
+    return this.handovers.handOver(options);
+  }
+
+  /**
    * Wait for what is pending (5 seconds at most), stop the device, release all memory. Lent buffers end with it.
+   * Other threads that drive queues of it do the same first; what they still have pending after 6 seconds rejects.
+   * In a thread that adopted its queues: wait for what is pending, then give them back.
    * Idempotent: a second call waits for the first.
    *
    * @throws VirtioError ERR_VIRTIO_BACKEND when the embedded back-end of a `ram:` or `file:` address could not
@@ -331,7 +377,7 @@ export class BlockDevice {
   private async shutDown(): Promise<void> {
     if (this.scheduler.failure === undefined) {
       this.scheduler.setMode("event");
-      await this.scheduler.idle(DRAIN_TIMEOUT);
+      await Promise.all([this.scheduler.idle(DRAIN_TIMEOUT), this.handovers.callBack(DRAIN_TIMEOUT)]);
     }
     const closed = new VirtioError("ERR_VIRTIO_CLOSED", `${this.address} is closed; open it again`);
     // From here on nobody looks at the memory, which is about to go. What is still in flight is told only when
@@ -347,6 +393,7 @@ export class BlockDevice {
 
   private endAll(error: VirtioError): void {
     this.scheduler.fail(error);
+    this.handovers.tellLost(error);
     this.pool.close();
     this.bounce.close();
   }
@@ -357,9 +404,21 @@ export class BlockDevice {
       cause instanceof VirtioError
         ? cause
         : new VirtioError("ERR_VIRTIO_DISCONNECTED", `${this.address} is lost: ${String(cause)}`, { cause });
+    this.transport.report?.(error);
     this.endAll(error);
     // Whoever called `close` knows already that the device is no more.
     if (this.closing === undefined) this.onLost?.(error);
+  }
+
+  private configChanged(): void {
+    this.handovers.tellConfigChanged();
+    this.onConfigChange?.(this.capacity);
+  }
+
+  private configure(config: BlkConfig): void {
+    this.currentConfig = config;
+    this.capacityBytes = Number(config.capacity) * SECTOR_SIZE;
+    for (const queue of this.allQueues) queue.capacity = this.capacityBytes / SECTOR_SIZE;
   }
 
   private has(feature: bigint): boolean {
@@ -519,38 +578,4 @@ export class BlockDevice {
 }
 
 const NO_OPTIONS = {};
-const TRANSFER_OPTIONS = ["position", "offset", "length", "signal"];
 const NO_DATA = new Uint8Array(0);
-
-/** A misspelled `position` must not write to the start of the disk. Cheap: nothing is allocated. */
-function checkTransferOptions(options: TransferOptions): void {
-  for (const key in options) {
-    if (key === "position" || key === "offset" || key === "length" || key === "signal") continue;
-    checkOptions("options", options, TRANSFER_OPTIONS);
-  }
-}
-
-function checkSignal(signal: unknown): void {
-  if (signal !== undefined && !(signal instanceof AbortSignal)) throw typeError("signal", "an AbortSignal", signal);
-}
-
-function rangeList(ranges: BlockRange | readonly BlockRange[]): readonly BlockRange[] {
-  const list: readonly unknown[] = Array.isArray(ranges) ? ranges : [ranges];
-  for (const range of list) {
-    if (typeof range !== "object" || range === null)
-      throw typeError("ranges", "{ position, length } or several", range);
-    checkOptions("range", range, ["position", "length"]);
-  }
-  return list as readonly BlockRange[];
-}
-
-function checkOpenOptions(options: OpenBlockOptions): void {
-  if (typeof options !== "object" || options === null) throw typeError("options", "an object", options);
-  checkOptions("openBlock", options, OPEN_BLOCK_OPTIONS);
-  const { mode = "hybrid", queues = 1, queueSize, capacity } = options;
-  if (mode !== "hybrid" && mode !== "event" && mode !== "poll")
-    throw rangeError("mode", '"hybrid", "event" or "poll"', mode);
-  checkInteger("queues", queues, 1, 65536);
-  if (queueSize !== undefined) checkInteger("queueSize", queueSize, 3, 32768);
-  if (capacity !== undefined) checkInteger("capacity", capacity, 0);
-}

@@ -4,7 +4,7 @@ export { BlockDevice } from "./device.js";
 export type { BlockInfo, CacheMode } from "./info.js";
 export type { BlkLimits } from "./limits.js";
 export type { Memory } from "./operation.js";
-export type { BlockRange, OpenBlockOptions, TransferOptions } from "./options.js";
+export type { AdoptOptions, BlockRange, HandOverOptions, OpenBlockOptions, TransferOptions } from "./options.js";
 export type { CompletionMode } from "../completion.js";
 export { type DataSegment, VirtioBlkQueue, type VirtioBlkQueueOptions } from "./queue.js";
 export type { ReadResult, WriteResult } from "./scheduler.js";

@@ -1,9 +1,9 @@
 /** What is known of an open block device, as one plain object. */
 
 import { type BlkConfig, BlkFeature } from "../../protocol/blk.js";
-import type { VirtioTransport } from "../../transports/transport.js";
 import { featureNames, VirtioFeature } from "../../virtqueue/index.js";
 import type { BlkLimits } from "./limits.js";
+import type { BlkControl } from "./negotiate.js";
 import type { VirtioBlkQueue } from "./queue.js";
 
 /**
@@ -40,7 +40,7 @@ export interface BlockInfo {
 
 /** Describe a device. */
 export function describeDevice(
-  transport: VirtioTransport,
+  transport: Pick<BlkControl, "address" | "features" | "offeredFeatures" | "maxQueues">,
   config: BlkConfig,
   queues: readonly VirtioBlkQueue[],
   device: { readonly capacity: number; readonly blockSize: number; readonly readOnly: boolean },

@@ -12,7 +12,7 @@ import {
   SECTOR_SIZE,
   VIRTIO_ID_BLOCK,
 } from "../../protocol/blk.js";
-import { type VirtioTransport, waitOptions } from "../../transports/transport.js";
+import { type QueueNotifier, type VirtioTransport, waitOptions } from "../../transports/transport.js";
 import { alignUp, DESC_ALIGN, VirtioFeature } from "../../virtqueue/index.js";
 import { blkLimits } from "./limits.js";
 import type { OpenBlockOptions } from "./options.js";
@@ -27,6 +27,14 @@ const DEFAULT_QUEUE_SIZE = 256;
 const BOUNCE_BYTES = 16 * 1024 * 1024;
 /** Memory to lend before the pool asks for another region. */
 const POOL_BYTES = 48 * 1024 * 1024;
+
+/** What an open device needs of its transport; elsewhere than in the thread that opened it, of what stands in for it. */
+export interface BlkControl
+  extends Pick<VirtioTransport, "address" | "features" | "offeredFeatures" | "maxQueues" | "hasConfig">,
+    Pick<VirtioTransport, "readConfig" | "writeConfig" | "onLost" | "onConfigChange" | "close"> {
+  /** Hear that the device broke a rule, to tell others who use it. */
+  report?(error: VirtioError): void;
+}
 
 /** Features that mean something although the config space cannot be read. */
 const CONFIG_FREE_FEATURES = BlkFeature.RO | BlkFeature.FLUSH | BlkFeature.LIFETIME;
@@ -86,7 +94,7 @@ export async function negotiateBlk(transport: VirtioTransport, options: OpenBloc
  * @throws VirtioError ERR_VIRTIO_CONFIG when there is none and no `capacity` was given, or it makes no sense.
  */
 export async function readBlkConfig(
-  transport: VirtioTransport,
+  transport: Pick<BlkControl, "address" | "hasConfig" | "readConfig">,
   features: bigint,
   options: OpenBlockOptions,
 ): Promise<BlkConfig> {
@@ -113,6 +121,8 @@ export async function readBlkConfig(
 /** The queues of a device with the memory they live in. */
 export interface BlkMemory {
   readonly queues: VirtioBlkQueue[];
+  /** How the device is told of requests and tells of completions, a queue each. */
+  readonly notifiers: readonly QueueNotifier[];
   /** Lends buffers to users. */
   readonly pool: BufferPool;
   /** Lends buffers to operations whose memory the device cannot reach. */
@@ -172,7 +182,7 @@ export async function startBlkQueues(
   queues.forEach((queue, i) => {
     queue.start(notifiers[i], mode);
   });
-  return { queues, pool, bounce, regions };
+  return { queues, notifiers, pool, bounce, regions };
 }
 
 /** The largest power of two, which either format takes, within both limits. */

@@ -45,6 +45,8 @@ export interface VirtioBlkQueueOptions {
   readonly capacity: number;
   /** Memory of {@link VirtioBlkQueue.bytesNeeded} bytes that the device can reach. */
   readonly memory: { readonly buffer: ArrayBuffer; readonly offset: number; readonly iova: number };
+  /** Go on where another driver left the queue; see {@link VirtioBlkQueue.position}. Default: a new queue. */
+  readonly resume?: number;
 }
 
 // struct virtio_blk_req around its data, in the slot's request memory: header @0, status @16. Half a cache
@@ -127,6 +129,7 @@ export class VirtioBlkQueue {
     this.queue = new Virtqueue({
       ...{ layout, index, features, buffer: memory.buffer, offset: memory.offset, iova: memory.iova, frame: FRAME },
       ...indirectTables(options, layout),
+      ...(options.resume !== undefined && { resume: options.resume }),
     });
     this.setup = {
       ...{ index, size: queueSize, descriptorArea: memory.iova },
@@ -150,6 +153,11 @@ export class VirtioBlkQueue {
   /** Requests submitted and not yet completed. */
   get inFlight(): number {
     return this.queue.inFlight;
+  }
+
+  /** Where the queue stands, for another one to go on with its memory; undefined while requests are in flight. */
+  get position(): number | undefined {
+    return this.queue.position;
   }
 
   /** Whether not even a request with one data element fits now. */

@@ -77,6 +77,7 @@ export class Scheduler {
   private outstanding = 0;
   private flushScheduled = false;
   private fatal: VirtioError | undefined = undefined;
+  private currentMode: CompletionMode;
   private whenIdle: (() => void)[] = [];
 
   /**
@@ -86,11 +87,8 @@ export class Scheduler {
   constructor(queues: readonly VirtioBlkQueue[], bounce: BufferPool, lose: (error: VirtioError) => void) {
     this.bounce = bounce;
     this.lose = lose;
-    this.slots = queues.map((queue) => new Slots(queue));
-    for (const slots of this.slots) {
-      slots.queue.onComplete = (slot, status, written) => this.complete(slots, slot, status, written);
-      slots.queue.onError = (error) => this.lose(asFatal(error));
-    }
+    this.slots = queues.map((queue) => this.attach(queue));
+    this.currentMode = queues[0].mode;
   }
 
   /** The error that ended the device, if one did. */
@@ -101,6 +99,11 @@ export class Scheduler {
   /** Whether operations wait for room: then new ones must queue up behind them. */
   get isBacklogged(): boolean {
     return this.waiting.length > 0;
+  }
+
+  /** Queues that operations go to. */
+  get queues(): number {
+    return this.slots.length;
   }
 
   /** Requests in flight and operations waiting. */
@@ -183,19 +186,37 @@ export class Scheduler {
 
   /** Give a queue away, the last one first. */
   takeQueue(): VirtioBlkQueue {
+    const [queue] = this.removeQueues(1) ?? [];
+    if (queue === undefined) throw noQueueLeft();
+    queue.onComplete = () => {};
+    this.taken.push(queue);
+    return queue;
+  }
+
+  /** Do without the last `count` queues from now on; undefined, with nothing changed, when there are not as many. */
+  removeQueues(count: number): VirtioBlkQueue[] | undefined {
     if (this.pending > 0) {
       throw new VirtioError("ERR_VIRTIO_QUEUES", `${this.pending} calls are pending; await them before taking a queue`);
     }
-    const slots = this.slots.pop();
-    if (slots === undefined) throw noQueueLeft();
+    if (this.slots.length < count) return undefined;
     this.turn = 0;
-    slots.queue.onComplete = () => {};
-    this.taken.push(slots.queue);
-    return slots.queue;
+    return this.slots.splice(-count).map(({ queue }) => queue);
+  }
+
+  /** Use one more queue, an idle one. */
+  addQueue(queue: VirtioBlkQueue): void {
+    this.slots.push(this.attach(queue));
+    if (this.waiting.length > 0) this.scheduleFlush();
+  }
+
+  /** How the queues learn of completions. */
+  get mode(): CompletionMode {
+    return this.currentMode;
   }
 
   /** Switch all queues to another way of learning of completions. */
   setMode(mode: CompletionMode): void {
+    this.currentMode = mode;
     for (const { queue } of this.slots) queue.mode = mode;
   }
 
@@ -220,6 +241,13 @@ export class Scheduler {
     for (const operation of this.waiting.splice(0)) operation.abort(error);
     this.outstanding = 0;
     this.becameIdle();
+  }
+
+  private attach(queue: VirtioBlkQueue): Slots {
+    const slots = new Slots(queue);
+    queue.onComplete = (slot, status, written) => this.complete(slots, slot, status, written);
+    queue.onError = (error) => this.lose(asFatal(error));
+    return slots;
   }
 
   private kick(queue: VirtioBlkQueue): void {
@@ -320,7 +348,10 @@ export class Scheduler {
 }
 
 function noQueueLeft(): VirtioError {
-  return new VirtioError("ERR_VIRTIO_QUEUES", "every queue was taken by takeQueue(); open the device with more queues");
+  return new VirtioError(
+    "ERR_VIRTIO_QUEUES",
+    "every queue was taken by takeQueue() or handed over; open the device with more queues",
+  );
 }
 
 function asFatal(error: unknown): VirtioError {

@@ -34,7 +34,7 @@ const EVENT_FIELD_SIZE = 2;
 export class VhostUserQueue implements QueueNotifier {
   readonly index: number;
   readonly completion: EventFd;
-  readonly #kick: EventFd;
+  readonly kick: EventFd;
   readonly #error: EventFd;
   readonly #watcher: FdWatcher;
 
@@ -48,7 +48,7 @@ export class VhostUserQueue implements QueueNotifier {
     try {
       this.index = index;
       this.completion = make();
-      this.#kick = make();
+      this.kick = make();
       this.#error = make();
       this.#watcher = new FdWatcher(this.#error.fd, { drain: true }, () => onError(index));
       this.#watcher.unref();
@@ -60,7 +60,7 @@ export class VhostUserQueue implements QueueNotifier {
 
   /** The value of `VIRTIO_F_NOTIFICATION_DATA` has no way through an eventfd and is not taken. */
   notify(): void {
-    this.#kick.signal();
+    this.kick.signal();
   }
 
   /** `SET_VRING_CALL` and `SET_VRING_ERR`. */
@@ -73,14 +73,14 @@ export class VhostUserQueue implements QueueNotifier {
 
   /** `SET_VRING_KICK`, which starts the queue. */
   get starting(): Message {
-    return this.#pass(VhostUserRequest.SET_VRING_KICK, this.#kick);
+    return this.#pass(VhostUserRequest.SET_VRING_KICK, this.kick);
   }
 
   /** Close everything; the back-end has its own descriptors. Idempotent. */
   close(): void {
     this.#watcher.close();
     this.#error.close();
-    this.#kick.close();
+    this.kick.close();
     this.completion.close();
   }
 
