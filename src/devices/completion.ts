@@ -19,6 +19,10 @@ const TURN_MS = 0.05;
 const LOOKS_PER_CLOCK = 32;
 /** Looks that microtasks may take between two turns of the event loop: well below a millisecond. */
 const TURN_LOOKS = 20_000;
+/** Mode `"event"`: requests in flight from which on notifications may come late. */
+const LATE_DEPTH = 32;
+/** Milliseconds after which a late notification is not waited for. */
+const LATE_MS = 1;
 /** How many looks fit into a millisecond, roughly: the clock costs too much to be read for each. */
 const LOOKS_PER_MS = 60_000;
 /** What a completion counts for among those looks: it leads to work of its own. */
@@ -47,6 +51,12 @@ export class CompletionWatch {
   private window = MIN_WINDOW_MS;
   private lastUseful = 0;
   private asleepSince = 0;
+  /** Mode `"event"`: completions that may pass before a notification. */
+  private unnoticed = 0;
+  /** Looks after what completes while a late notification does not come. */
+  private backstop: NodeJS.Timeout | undefined = undefined;
+  /** Nothing was reaped since the backstop looked last. */
+  private isQuiet = false;
   /** Something completed since the clock was read last. */
   private useful = false;
   private readonly turnAgain = (): void => this.turn();
@@ -83,6 +93,9 @@ export class CompletionWatch {
     this.watcher = undefined;
     this.cancelTurn();
     this.asleep = false;
+    clearInterval(this.backstop);
+    this.backstop = undefined;
+    this.unnoticed = 0;
     if (mode === "poll" || this.completion === undefined) {
       this.queue.disableNotifications();
       return;
@@ -102,8 +115,12 @@ export class CompletionWatch {
     if (this.currentMode === "hybrid" && !this.asleep) {
       this.lastUseful = performance.now();
       this.next = setImmediate(this.turnAgain);
-    } else if (!this.holdsProcess && this.queue.inFlight > 0) {
+    } else if (this.queue.inFlight > 0) {
       this.holdProcess(true);
+      // What was just made available counts for the next notification, too.
+      if (this.unnoticed > 0 && this.currentMode === "event" && !this.isNotified()) {
+        this.next = setImmediate(this.turnAgain);
+      }
     }
   }
 
@@ -135,14 +152,51 @@ export class CompletionWatch {
 
   /** Mode `"event"`: reap until nothing is left, then ask for the next notification. */
   private drain(): void {
-    for (let rest = TURN_REQUESTS * this.queue.layout.queueSize; rest > 0; ) {
+    const { queue } = this;
+    const depth = queue.inFlight;
+    const budget = TURN_REQUESTS * queue.layout.queueSize;
+    for (let rest = budget; rest > 0; ) {
       rest -= this.reapSafely(rest);
-      if (rest > 0 && (this.watcher === undefined || !this.queue.enableNotifications())) {
+      if (rest > 0 && (this.watcher === undefined || this.isNotified())) {
         this.cancelTurn();
-        this.holdProcess(this.queue.inFlight > 0);
+        this.holdProcess(queue.inFlight > 0);
+        this.adapt(budget - rest, depth);
         return;
       }
     }
+  }
+
+  /**
+   * A wake-up that finds a few completions is dear; one that finds all of them left the device without work. The
+   * right moment to be notified is the one from which on waking up takes as long as the device has work.
+   */
+  private adapt(count: number, depth: number): void {
+    this.isQuiet = false;
+    if (depth < LATE_DEPTH || count === 0) this.unnoticed = 0;
+    else if (count * 4 > depth * 3) this.unnoticed >>= 1;
+    else if (count * 3 < depth) this.unnoticed = Math.min(depth >> 1, this.unnoticed * 2 + 1);
+  }
+
+  /** Mode `"event"`: ask for the next notification; false when it will not come, because enough is used already. */
+  private isNotified(): boolean {
+    if (this.queue.enableNotifications(this.unnoticed)) return false;
+    if (this.unnoticed > 0 && this.backstop === undefined) {
+      this.isQuiet = false;
+      this.backstop = setInterval(() => this.lookAfter(), LATE_MS).unref();
+    }
+    return true;
+  }
+
+  /** Nothing may lie unnoticed for longer than two ticks. A device that got slow notifies at once from then on. */
+  private lookAfter(): void {
+    if (!this.isQuiet) {
+      this.isQuiet = true;
+      return;
+    }
+    clearInterval(this.backstop);
+    this.backstop = undefined;
+    this.unnoticed = 0;
+    if (this.currentMode === "event" && this.next === undefined) this.turn();
   }
 
   /** Mode `"hybrid"`: reap and look again until the turn is over, nothing is in flight, or looking does not pay. */

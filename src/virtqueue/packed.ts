@@ -303,6 +303,7 @@ export class PackedRing {
     // MO-5 release: every other entry, and addr, len and id of this one, before its flags. The device
     // loads the flags with acquire before it reads them (MO-11). One 32-bit store holds id and flags.
     Atomics.store(this.desc, held, this.heldTail);
+    const added = this.numHeld;
     this.heldAt = -1;
     // MO-6 full: flags before the load of the device's event suppression, both calls sequentially
     // consistent. The device stores its event suppression, then loads the flags again (MO-14). One 32-bit
@@ -313,8 +314,6 @@ export class PackedRing {
     // DESC without EVENT_IDX and the reserved value 3 are the device's fault; a notification never hurts.
     if (flags !== EVENT_DESC || !this.eventIdx) return true;
     const next = this.nextAvail;
-    let added = next - (held - TAIL) / WORDS;
-    if (added <= 0) added += this.size;
     let off = event & (WRAP_BIT - 1);
     if ((event & WRAP_BIT) !== (this.availBits & F_AVAIL) << 8) off -= this.size;
     return ((next - off - 1) & 0xffff) < added;
@@ -377,18 +376,21 @@ export class PackedRing {
     Atomics.store(this.driverEvent, 1, RING_EVENT_FLAGS_DISABLE);
   }
 
-  /** Ask for a notification at the next used chain; see `Virtqueue.enableNotifications`. */
-  enableNotifications(): boolean {
+  /** Ask for a notification; see `Virtqueue.enableNotifications`. */
+  enableNotifications(unnoticed: number): boolean {
+    let ahead = 0;
     if (this.eventIdx) {
+      const known = this.size - this.numFree - (this.heldAt < 0 ? 0 : this.numHeld);
+      ahead = Math.min(unnoticed, known >> 1);
       // MO-8 release: desc before flags, so that the device never meets DESC with an old position.
-      Atomics.store(this.driverEvent, 0, this.usedPosition);
+      Atomics.store(this.driverEvent, 0, this.usedPositionAhead(ahead));
       Atomics.store(this.driverEvent, 1, RING_EVENT_FLAGS_DESC);
     } else {
       Atomics.store(this.driverEvent, 1, RING_EVENT_FLAGS_ENABLE);
     }
     // MO-9 full: event suppression before the flags at the used position. The device stores those flags,
     // then loads our event suppression (MO-13).
-    return this.hasUsed();
+    return ahead === 0 ? this.hasUsed() : this.hasUsedBeyond(ahead);
   }
 
   /** Position part of a notification: the next entry not yet available, wrap counter in bit 15 (2.9). */
@@ -396,6 +398,12 @@ export class PackedRing {
     if (this.heldAt < 0) return this.nextAvail | ((this.availBits & F_AVAIL) << 8);
     // Committed chains are not available before publish: the position is that of the first of them.
     return ((this.heldAt - TAIL) / WORDS) | (((this.heldTail >>> 16) & F_AVAIL) << 8);
+  }
+
+  /** Ring descriptors committed and not yet published; some are. */
+  private get numHeld(): number {
+    const count = this.nextAvail - (this.heldAt - TAIL) / WORDS;
+    return count > 0 ? count : count + this.size;
   }
 
   /** Where an idle ring stands, both halves alike: the value of SET_VRING_BASE. */
@@ -406,6 +414,33 @@ export class PackedRing {
   /** The used position, its wrap counter in bit 15. */
   private get usedPosition(): number {
     return this.nextUsed | ((this.usedBits & F_AVAIL) << 8);
+  }
+
+  /** The position `distance` descriptors behind the used one. */
+  private usedPositionAhead(distance: number): number {
+    const position = this.usedPosition + distance;
+    return (position & (WRAP_BIT - 1)) < this.size ? position : (position - this.size) ^ WRAP_BIT;
+  }
+
+  /** Whether the device is more than `distance` descriptors ahead of the used position. */
+  private hasUsedBeyond(distance: number): boolean {
+    if (this.batch > 0) return true;
+    let at = this.nextUsed;
+    let bits = this.usedBits;
+    for (let passed = 0; passed <= distance; ) {
+      if ((Atomics.load(this.desc16, at * DESC_HALVES + FLAGS16) & USED_MASK) !== bits) return false;
+      const id = this.desc16[at * DESC_HALVES + ID16];
+      const count = id < this.size ? this.records[id << 2] : 0;
+      // An impossible id is for poll() to refuse. IN_ORDER skips whole batches, which only poll() can tell.
+      if (count === 0 || this.inOrder) return true;
+      passed += count;
+      at += count;
+      if (at >= this.size) {
+        at -= this.size;
+        bits ^= USED_MASK;
+      }
+    }
+    return true;
   }
 
   private goOnAt(position: number): void {

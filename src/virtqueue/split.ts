@@ -322,13 +322,19 @@ export class SplitRing {
     if (!this.eventIdx) Atomics.store(this.avail, 0, VIRTQ_AVAIL_F_NO_INTERRUPT);
   }
 
-  /** Ask for a notification at the next used chain; see `Virtqueue.enableNotifications`. */
-  enableNotifications(): boolean {
-    if (this.eventIdx) Atomics.store(this.avail, this.usedEventAt, this.lastUsed);
-    else Atomics.store(this.avail, 0, 0);
+  /** Ask for a notification; see `Virtqueue.enableNotifications`. */
+  enableNotifications(unnoticed: number): boolean {
+    let ahead = 0;
+    if (this.eventIdx) {
+      // used_event is the index behind which the device notifies.
+      ahead = Math.min(unnoticed, ((this.published - this.lastUsed) & 0xffff) >> 1);
+      Atomics.store(this.avail, this.usedEventAt, (this.lastUsed + ahead) & 0xffff);
+    } else {
+      Atomics.store(this.avail, 0, 0);
+    }
     // MO-4 full: used_event or avail.flags before used.idx. The device stores used.idx, then loads
     // used_event or avail.flags (MO-13).
-    return this.hasUsed();
+    return ((Atomics.load(this.used16, IDX) - this.lastUsed) & 0xffff) > ahead;
   }
 
   /** Position part of a notification: `avail.idx`, whose bit 15 stands where packed rings have the wrap. */

@@ -253,11 +253,14 @@ export class Virtqueue {
   /**
    * Ask the device for a notification at the next chain that it uses. To be called after every drain.
    *
-   * @returns whether chains were used meanwhile: then poll again before waiting.
+   * @param unnoticed - how many entries of the used ring (split) or descriptors (packed) the device may use first
+   *   without a notification; at most half of what is in flight is taken. Without EVENT_IDX there is always one at
+   *   the next chain. What is used so waits unnoticed: have another way to look after a while.
+   * @returns whether so many were used meanwhile that no notification will come: then poll again before waiting.
    */
-  enableNotifications(): boolean {
+  enableNotifications(unnoticed = 0): boolean {
     if (this.broken !== undefined) throw this.broken;
-    return this.isPacked ? this.packed.enableNotifications() : this.split.enableNotifications();
+    return this.isPacked ? this.packed.enableNotifications(unnoticed) : this.split.enableNotifications(unnoticed);
   }
 
   /** Chains committed and not yet returned by {@link poll}. */

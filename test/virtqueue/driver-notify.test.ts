@@ -251,6 +251,72 @@ describe("PACKED-DRV-18 the driver's event suppression", () => {
   });
 });
 
+describe("SPLIT-DRV-13 PACKED-DRV-18 a late notification", () => {
+  const rings = [
+    { packed: false, size: 8 },
+    { packed: true, size: 7 },
+  ];
+  for (const { packed, size } of rings) {
+    test(`${packed ? "packed" : "split"}: comes behind as many as asked for, at most half of what is published`, () => {
+      const ring = new RawRing({ size, packed, eventIdx: true });
+      const device = ring.device();
+      // Every position of the ring, and how many may pass: 0 to half of six, more is cut down to that.
+      for (let round = 0; round < 40; round++) {
+        const unnoticed = round % 5;
+        for (let i = 0; i < 6; i++) ring.add(0, 1);
+        ring.queue.publish();
+        assert.equal(ring.queue.enableNotifications(unnoticed), false);
+        const expected = Math.min(unnoticed, 3);
+        for (const [done, request] of device.take().entries()) {
+          device.complete(request);
+          assert.equal(device.publish(), done === expected, `round ${round}, used chain ${done}`);
+        }
+        assert.equal(ring.queue.enableNotifications(unnoticed), true);
+        while (ring.queue.poll() >= 0);
+      }
+    });
+
+    test(`${packed ? "packed" : "split"}: none will come once more than may pass were used`, () => {
+      const ring = new RawRing({ size, packed, eventIdx: true });
+      const device = ring.device();
+      for (let i = 0; i < 6; i++) ring.add(0, 1);
+      ring.queue.publish();
+      const requests = device.take();
+      for (const request of requests.slice(0, 2)) device.complete(request);
+      device.publish();
+      assert.equal(ring.queue.enableNotifications(1), true);
+      assert.equal(ring.queue.enableNotifications(2), false);
+      device.complete(requests[2]);
+      assert.equal(device.publish(), true);
+    });
+
+    test(`${packed ? "packed" : "split"}: what is not published does not count`, () => {
+      const ring = new RawRing({ size, packed, eventIdx: true });
+      const device = ring.device();
+      for (let i = 0; i < 2; i++) ring.add(0, 1);
+      ring.queue.publish();
+      for (let i = 0; i < 4; i++) ring.add(0, 1);
+      assert.equal(ring.queue.enableNotifications(3), false);
+      const [first, second] = device.take();
+      device.complete(first);
+      assert.equal(device.publish(), false);
+      device.complete(second);
+      assert.equal(device.publish(), true, "one of the two published may pass");
+    });
+
+    test(`${packed ? "packed" : "split"}: without EVENT_IDX it comes at once`, () => {
+      const ring = new RawRing({ size, packed });
+      const device = ring.device();
+      for (let i = 0; i < 6; i++) ring.add(0, 1);
+      ring.queue.publish();
+      assert.equal(ring.queue.enableNotifications(3), false);
+      device.complete(device.take()[0]);
+      assert.equal(device.publish(), true);
+      assert.equal(ring.queue.enableNotifications(3), true);
+    });
+  }
+});
+
 describe("the data of a notification (virtio 1.3, 2.9)", () => {
   /** Format, queue index, chains published, queue size, expected value. */
   const vectors = [

@@ -38,7 +38,7 @@ function apply(pair: Pair, [kind, a, b]: Operation): void {
     case 12:
       return pair.driverPoll(a % 6);
     case 13:
-      return b % 2 === 0 ? pair.driverEnable() : pair.driverDisable();
+      return b % 2 === 0 ? pair.driverEnable(a % 3 === 0 ? a : 0) : pair.driverDisable();
     case 14:
       return b % 2 === 0 ? pair.deviceEnable() : pair.deviceDisable();
     case 15:

@@ -19,6 +19,7 @@ import {
   VirtqueueLayout,
 } from "../../virtqueue/index.js";
 import { type CompletionMode, CompletionWatch } from "../completion.js";
+import { PollPacer } from "../pacer.js";
 import type { BlkLimits } from "./limits.js";
 
 /** A stretch of a lent buffer: one data element, or several when the device's `size_max` is smaller. */
@@ -56,6 +57,10 @@ const REQUEST_WORDS = REQUEST_SIZE / 4;
 const STATUS_OFFSET = BLK_HEADER_SIZE;
 const REQUEST = { size: REQUEST_SIZE, align: 16 } as const;
 const FRAME = { headerLength: BLK_HEADER_SIZE, trailerOffset: STATUS_OFFSET, trailerLength: BLK_STATUS_SIZE } as const;
+// An imported binding is loaded and checked at each use, a constant of the module is folded into the machine code.
+const { IN, OUT } = BlkRequestType;
+const SECTOR = SECTOR_SIZE;
+const UNWRITTEN = BLK_STATUS_UNWRITTEN;
 /** Elements of the shortest request with data: header, data, status. */
 const MIN_ELEMENTS = 3;
 
@@ -110,6 +115,7 @@ export class VirtioBlkQueue {
   private readonly lent: (DeviceBuffer | undefined)[];
   private readonly lentMore: (readonly DeviceBuffer[] | undefined)[];
   private readonly watch: CompletionWatch;
+  private readonly pacer = new PollPacer();
   private notifier: QueueNotifier | undefined = undefined;
   private isReported = false;
 
@@ -145,7 +151,7 @@ export class VirtioBlkQueue {
     this.lentMore = new Array<readonly DeviceBuffer[] | undefined>(queueSize).fill(undefined);
     this.watch = new CompletionWatch(
       this.queue,
-      (limit) => this.poll(limit),
+      (limit) => this.reap(limit),
       (error) => this.report(error),
     );
   }
@@ -195,12 +201,12 @@ export class VirtioBlkQueue {
    * @throws RangeError for a range outside the disk or the buffer, or an odd length.
    */
   submitRead(sector: number, buffer: DeviceBuffer, offset: number, length: number): number {
-    return this.submitData(BlkRequestType.IN, sector, buffer, offset, length, true);
+    return this.submitData(IN, sector, buffer, offset, length, true);
   }
 
   /** Submit a write of `length` bytes from a lent buffer to `sector`; otherwise as {@link submitRead}. */
   submitWrite(sector: number, buffer: DeviceBuffer, offset: number, length: number): number {
-    return this.submitData(BlkRequestType.OUT, sector, buffer, offset, length, false);
+    return this.submitData(OUT, sector, buffer, offset, length, false);
   }
 
   /** Submit FLUSH: writes completed before this call are stable when it completes. */
@@ -228,7 +234,7 @@ export class VirtioBlkQueue {
       bytes += length;
     }
     if (elements > maxSegments) throw rangeError("segments", `at most ${maxSegments} data elements`, elements);
-    if (type === BlkRequestType.IN || type === BlkRequestType.OUT) this.checkSectors(sector, bytes);
+    if (type === IN || type === OUT) this.checkSectors(sector, bytes);
 
     const { queue } = this;
     const slot = queue.beginFramed(elements, deviceWrites);
@@ -254,25 +260,18 @@ export class VirtioBlkQueue {
   }
 
   /**
-   * Reap completed requests: {@link onComplete} is called for each.
+   * Reap completed requests: {@link onComplete} is called for each. Meant to be called again and again: before it
+   * looks it pauses, at most about a microsecond, for as long as that has been making the device faster.
    *
    * @param limit - reap at most so many.
    * @returns how many.
    * @throws VirtioError ERR_VIRTIO_QUEUE_BROKEN when the device wrote something impossible.
    */
   poll(limit = Number.MAX_SAFE_INTEGER): number {
-    const queue = this.queue;
-    let count = 0;
-    while (count < limit) {
-      const slot = queue.poll();
-      if (slot < 0) break;
-      count++;
-      const status = this.bytes[slot * REQUEST_SIZE + STATUS_OFFSET];
-      this.returnBuffers(slot);
-      this.onComplete(slot, status, queue.usedLength);
-      // Nothing can have come: another look would only take the cache line from the device.
-      if (queue.inFlight === 0) break;
-    }
+    const { pacer, inFlight } = this;
+    pacer.wait();
+    const count = this.reap(limit);
+    if (count > 0) pacer.adapt(count, inFlight);
     return count;
   }
 
@@ -305,6 +304,22 @@ export class VirtioBlkQueue {
     this.notifier = undefined;
   }
 
+  private reap(limit: number): number {
+    const queue = this.queue;
+    let count = 0;
+    while (count < limit) {
+      const slot = queue.poll();
+      if (slot < 0) break;
+      count++;
+      const status = this.bytes[slot * REQUEST_SIZE + STATUS_OFFSET];
+      this.returnBuffers(slot);
+      this.onComplete(slot, status, queue.usedLength);
+      // Nothing can have come: another look would only take the cache line from the device.
+      if (queue.inFlight === 0) break;
+    }
+    return count;
+  }
+
   private submitData(
     type: number,
     sector: number,
@@ -335,7 +350,7 @@ export class VirtioBlkQueue {
     this.words[at + 2] = sector | 0;
     this.words[at + 3] = sector > 0xffffffff ? Math.floor(sector / 2 ** 32) : 0;
     // No device answers 0xff: a status that was never written cannot look like success.
-    this.bytes[slot * REQUEST_SIZE + STATUS_OFFSET] = BLK_STATUS_UNWRITTEN;
+    this.bytes[slot * REQUEST_SIZE + STATUS_OFFSET] = UNWRITTEN;
     this.types[slot] = type;
   }
 
@@ -353,9 +368,9 @@ export class VirtioBlkQueue {
   }
 
   private checkSectors(sector: number, length: number): void {
-    if (!(length > 0 && length % SECTOR_SIZE === 0)) throw rangeError("length", "a positive multiple of 512", length);
-    if (!(Number.isSafeInteger(sector) && sector >= 0 && sector + length / SECTOR_SIZE <= this.capacity)) {
-      const last = this.capacity - length / SECTOR_SIZE;
+    if (!(length > 0 && length % SECTOR === 0)) throw rangeError("length", "a positive multiple of 512", length);
+    if (!(Number.isSafeInteger(sector) && sector >= 0 && sector + length / SECTOR <= this.capacity)) {
+      const last = this.capacity - length / SECTOR;
       const room = last < 0 ? `nothing: the disk has ${this.capacity} sectors` : `0 to ${last}`;
       throw rangeError("sector", room, sector);
     }

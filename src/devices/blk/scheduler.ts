@@ -27,6 +27,9 @@ export interface WriteResult<M> {
 /** A microtask by a promise costs a tenth of one by `queueMicrotask`. */
 const NOW = Promise.resolve();
 
+/** Requests that are kicked together. */
+const KICK_REQUESTS = 16;
+
 /** A request that no queue will ever take. */
 const REFUSED = -2;
 
@@ -48,6 +51,8 @@ class Slots {
   readonly length: Float64Array;
   readonly part: (Part | undefined)[];
   readonly queue: VirtioBlkQueue;
+  /** Requests submitted since the last kick, about. */
+  unkicked = 0;
 
   constructor(queue: VirtioBlkQueue) {
     const n = queue.queueSize;
@@ -133,8 +138,11 @@ export class Scheduler {
     if (slot < 0) return undefined;
     this.outstanding++;
     // A device with nothing to do gets the first request at once, before the promise is even made; those behind
-    // it are kicked together.
-    if (queue.inFlight === 1) this.kick(queue);
+    // it are kicked together, but not so many that the device would have to wait for all of their promises.
+    if (queue.inFlight === 1 || ++slots.unkicked === KICK_REQUESTS) {
+      slots.unkicked = 0;
+      this.kick(queue);
+    }
     if (this.fatal !== undefined) return Promise.reject(this.fatal);
     const promise = new Promise<ReadResult<DeviceBuffer> | WriteResult<DeviceBuffer>>(capture);
     slots.resolve[slot] = capturedResolve;
@@ -299,7 +307,10 @@ export class Scheduler {
       while (this.waiting.length > 0 && this.submitNext(this.waiting[0])) {
         if (this.waiting[0].allSubmitted) this.waiting.shift();
       }
-      for (const { queue } of this.slots) queue.kick();
+      for (const slots of this.slots) {
+        slots.unkicked = 0;
+        slots.queue.kick();
+      }
       // With several queues, looking at one would keep the others waiting.
       if (this.slots.length === 1) this.slots[0].queue.lookNow();
     } catch (error) {

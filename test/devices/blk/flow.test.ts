@@ -103,6 +103,23 @@ describe("notifications", () => {
     await Promise.all(calls);
   });
 
+  test("on lent memory the first call and each sixteenth behind it are kicked at once, the rest with the turn", async (t) => {
+    const bench = await openFake(t);
+    const buffer = await bench.disk.allocate(512);
+    const calls: Promise<unknown>[] = [];
+    const kicks: number[] = [];
+    for (let i = 0; i < 40; i++) {
+      const before = bench.queue.notifications.length;
+      calls.push(bench.disk.read(buffer, { position: i * 512 }));
+      if (bench.queue.notifications.length > before) kicks.push(i);
+    }
+    assert.deepEqual(kicks, [0, 16, 32]);
+    await turn();
+    assert.equal(bench.queue.notifications.length, 4);
+    await serveAll(bench);
+    await Promise.all(calls);
+  });
+
   test("SPLIT-DRV-19 a device that polls is not disturbed", async (t) => {
     for (const features of [RINGS.split, RINGS.packed]) {
       const bench = await openFake(t, { features });
