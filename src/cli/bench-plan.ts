@@ -49,3 +49,11 @@ export interface BenchResult {
 export const LOOKS_PER_TURN = 100_000;
 /** What a completed request counts for among those polls: it leads to work of its own. */
 export const LOOKS_PER_REQUEST = 20;
+
+/**
+ * Descriptors of a queue for `depth` requests in flight. A third of a ring's descriptors may be lost to requests that
+ * take three of them.
+ */
+export function queueSizeFor(depth: number): number {
+  return Math.min(32768, Math.max(256, 2 ** Math.ceil(Math.log2(depth * 1.5))));
+}

@@ -10,7 +10,8 @@ export interface PromiseDisk<Memory> {
   write(memory: Memory, options: TransferPlace): Promise<unknown>;
 }
 
-interface TransferPlace {
+/** From where on the disk to where in the memory, in bytes. */
+export interface TransferPlace {
   position: number;
   readonly offset: number;
   readonly length: number;

@@ -27,7 +27,7 @@ function overTime(stretches: readonly Stretch[], runMs: number): Panel {
   return {
     x: { label: "seconds", scale: "linear", domain: [0, runMs / 1000], format: String },
     y: { label: "requests a second", scale: "linear", domain: [0, most], format: formatTick },
-    series: [{ name: "all", style: 0, points: stretches.map(({ seconds, iops }) => ({ x: seconds, y: iops })) }],
+    series: [{ name: "all", points: stretches.map(({ seconds, iops }) => ({ x: seconds, y: iops })) }],
   };
 }
 

@@ -3,7 +3,7 @@
 import { writeFileSync } from "node:fs";
 import { Command, Option } from "commander";
 import type { BlockDevice } from "../index.js";
-import type { BenchPlan, Progress } from "./bench-plan.js";
+import { type BenchPlan, type Progress, queueSizeFor } from "./bench-plan.js";
 import type { WriteShare } from "./bench-targets.js";
 import {
   addressArgument,
@@ -151,9 +151,4 @@ async function withQueues(
     if (!(error instanceof Error && "code" in error && error.code === "ERR_VIRTIO_QUEUES")) throw error;
     throw usageError(error.message.replace("queues: ", "--numjobs "));
   }
-}
-
-/** A third of a ring's descriptors may be lost to requests that take three of them. */
-function queueSizeFor(depth: number): number {
-  return Math.min(32768, Math.max(256, 2 ** Math.ceil(Math.log2(depth * 1.5))));
 }

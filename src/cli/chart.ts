@@ -28,8 +28,9 @@ export interface Point {
 export interface Series {
   readonly name: string;
   readonly points: readonly Point[];
-  /** Which of the colours and marks; the same in all panels means the same. */
-  readonly style: number;
+  readonly colour?: keyof typeof COLOURS;
+  readonly mark?: "circle" | "square" | "triangle" | "diamond";
+  readonly isDashed?: boolean;
 }
 
 /** A rectangle from the x axis up to `y`. */
@@ -76,7 +77,8 @@ const MARKER_ROW = 17;
 const MARKER_GAP = 5; // between its line and its text
 const LEGEND_GAP = 22;
 const LEGEND_ROW = 22;
-const LEGEND_SAMPLE = 26;
+const LEGEND_SAMPLE = 40;
+const LEGEND_SPACE = 8; // between a sample of the line and its name
 // Widths of letters on average, in the widest of the usual fonts.
 const LETTER = 7.8;
 const SMALL_LETTER = 7.2;
@@ -91,7 +93,9 @@ const MOST_DECADES = 15;
 const MANY_DECADES = 3;
 
 /** Distinguishable by people who see no red or no green (after Okabe and Ito), dark enough for white paper. */
-const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#a3478a", "#4a4a4a", "#b8860b", "#56a0d3", "#8c564b"];
+const COLOURS = {
+  ...{ blue: "#0072b2", orange: "#d55e00", green: "#009e73", purple: "#a3478a", grey: "#4a4a4a", gold: "#b8860b" },
+} as const;
 
 /** From a value to a place in the drawing. */
 type Place = (value: number) => number;
@@ -181,19 +185,15 @@ function drawPanel(panel: Panel, { left, right }: Extent, top: number): { svg: s
   return { svg, bottom: bottom + PANEL_FOOT };
 }
 
-function drawSeries({ points, style }: Series, x: Place, y: Place): string[] {
+function drawSeries(series: Series, x: Place, y: Place): string[] {
+  const { points, colour = "blue" } = series;
+  const { stroke, mark } = styleOf(series);
   const spans = points.flatMap(({ x: at, low, high }) =>
-    low === undefined || high === undefined ? [] : [line(x(at), y(low), x(at), y(high), `span s${colourOf(style)}`)],
+    low === undefined || high === undefined ? [] : [line(x(at), y(low), x(at), y(high), `span ${colour}`)],
   );
-  const marks = points.length > MOST_MARKS ? [] : points.map((point) => mark(style, x(point.x), y(point.y)));
-  return [
-    ...spans,
-    polyline(
-      points.map((point) => [x(point.x), y(point.y)]),
-      `line s${colourOf(style)}`,
-    ),
-    ...marks,
-  ];
+  const places = points.map((point) => [x(point.x), y(point.y)] as const);
+  const marks = points.length > MOST_MARKS ? [] : places.map(([cx, cy]) => mark(cx, cy));
+  return [...spans, polyline(places, `line ${stroke}`), ...marks];
 }
 
 /** Entries in the order in which the lines end, top to bottom. */
@@ -201,12 +201,13 @@ function drawLegend(series: readonly Series[], x: number, top: number): string[]
   const last = ({ points }: Series): number => points.at(-1)?.y ?? 0;
   return series
     .toSorted((a, b) => last(b) - last(a))
-    .flatMap(({ name, style }, i) => {
+    .flatMap((each, i) => {
       const y = top + 10 + i * LEGEND_ROW;
+      const { stroke, mark } = styleOf(each);
       return [
-        line(x, y, x + LEGEND_SAMPLE - 8, y, `line s${colourOf(style)}`),
-        mark(style, x + LEGEND_SAMPLE / 2 - 4, y),
-        text(x + LEGEND_SAMPLE, y + 4, "legend", name),
+        line(x, y, x + LEGEND_SAMPLE - LEGEND_SPACE, y, `line ${stroke}`),
+        mark(x + (LEGEND_SAMPLE - LEGEND_SPACE) / 2, y),
+        text(x + LEGEND_SAMPLE, y + 4, "legend", each.name),
       ];
     });
 }
@@ -255,38 +256,43 @@ function roundUp(value: number): number {
   return ([1, 2, 5].find((step) => step * power >= value) ?? 10) * power;
 }
 
-function colourOf(style: number): number {
-  return style % COLOURS.length;
+/** How a line and its marks are drawn. */
+function styleOf({ colour = "blue", mark = "circle", isDashed = false }: Series): {
+  readonly stroke: string;
+  readonly mark: (x: number, y: number) => string;
+} {
+  const className = `mark ${colour}`;
+  return {
+    stroke: isDashed ? `dashed ${colour}` : colour,
+    mark: (x, y) =>
+      mark === "circle"
+        ? element("circle", { cx: x, cy: y, r: 4.2, class: className })
+        : polygon(
+            CORNERS[mark].map(([dx, dy]) => [x + dx, y + dy]),
+            className,
+          ),
+  };
 }
 
-/** A small shape around (x, y): circle, square, triangle, diamond. */
-function mark(style: number, x: number, y: number): string {
-  const className = `mark s${colourOf(style)}`;
-  const around = (corners: readonly (readonly [number, number])[]): string =>
-    polygon(
-      corners.map(([dx, dy]) => [x + dx, y + dy]),
-      className,
-    );
-  switch (style % 4) {
-    case 0:
-      return element("circle", { cx: x, cy: y, r: 4, class: className });
-    case 1:
-      return rect(x - 3.6, y - 3.6, 7.2, 7.2, className);
-    case 2:
-      return around([
-        [-4.6, 3.4],
-        [4.6, 3.4],
-        [0, -4.6],
-      ]);
-    default:
-      return around([
-        [-5, 0],
-        [0, -5],
-        [5, 0],
-        [0, 5],
-      ]);
-  }
-}
+const CORNERS = {
+  square: [
+    [-3.7, -3.7],
+    [3.7, -3.7],
+    [3.7, 3.7],
+    [-3.7, 3.7],
+  ],
+  triangle: [
+    [-4.6, 3.4],
+    [4.6, 3.4],
+    [0, -4.8],
+  ],
+  diamond: [
+    [-5, 0],
+    [0, -5],
+    [5, 0],
+    [0, 5],
+  ],
+} as const;
 
 function line(x1: number, y1: number, x2: number, y2: number, className: string): string {
   return element("line", { x1, y1, x2, y2, class: className });
@@ -302,10 +308,14 @@ text { font-family: ui-sans-serif, system-ui, "Segoe UI", Helvetica, Arial, sans
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 .card { fill: #ffffff; stroke: #d1d9e0; }
 .grid { stroke: #e4e8ec; } .axis { stroke: #8c959f; }
-.line { fill: none; stroke-width: 2.2; stroke-linejoin: round; stroke-linecap: round; }
+.line { stroke-width: 2.2; stroke-linejoin: round; stroke-linecap: round; }
+.dashed { stroke-dasharray: 6 5; }
 .span { stroke-width: 6; stroke-linecap: round; opacity: 0.3; }
-.mark { stroke: #ffffff; stroke-width: 1; }
 .bar { fill: #0072b2; opacity: 0.75; }
 .marker { stroke: #d55e00; stroke-width: 1.4; stroke-dasharray: 4 3; }
-${COLOURS.map((colour, i) => `.line.s${i}, .span.s${i} { stroke: ${colour}; } .mark.s${i} { fill: ${colour}; }`).join("\n")}
+${Object.entries(COLOURS)
+  .map(([name, colour]) => `.${name} { stroke: ${colour}; fill: ${colour}; }`)
+  .join("\n")}
+.mark { stroke: #ffffff; stroke-width: 1; }
+.line { fill: none; }
 `;

@@ -37,7 +37,9 @@ describe("charts", () => {
     const value = fc.double({ min: 1, max: 1e7, noNaN: true });
     const series = fc.record({
       name: name.map((text) => `a${text}z`.replaceAll(/ +/g, " ")),
-      style: fc.nat(20),
+      colour: fc.constantFrom("blue" as const, "grey" as const),
+      mark: fc.constantFrom("circle" as const, "square" as const, "diamond" as const),
+      isDashed: fc.boolean(),
       points: fc
         .tuple(value, value, value)
         .map((ys) => ys.map((y, i) => ({ x: [1, 8, 128][i], y, low: y / 2, high: y }))),
@@ -67,7 +69,7 @@ describe("charts", () => {
   });
 
   test("a linear axis begins where it is told and has round ticks, a value at its place between them", () => {
-    const series = [{ name: "a", style: 0, points: [{ x: 1, y: 250_000 }] }];
+    const series = [{ name: "a", points: [{ x: 1, y: 250_000 }] }];
     const panel = linesOf(series, "linear", 1_130_000);
     const svg = chartSvg(chartOf({ ...panel, y: { ...panel.y, domain: [0, 1_130_000] } }));
     const grid = gridOf(svg, textBoxes(svg));
@@ -79,7 +81,7 @@ describe("charts", () => {
 
   test("a logarithmic axis names 1, 2 and 5, over many decades powers of ten only", () => {
     const labels = (most: number, least: number): string[] => {
-      const panel = linesOf([{ name: "a", style: 0, points: [{ x: 8, y: most }] }], "log", most);
+      const panel = linesOf([{ name: "a", points: [{ x: 8, y: most }] }], "log", most);
       const svg = chartSvg(chartOf({ ...panel, y: { ...panel.y, domain: [least, most] } }));
       return [...gridOf(svg, textBoxes(svg)).values()];
     };
@@ -90,7 +92,7 @@ describe("charts", () => {
   test("the legend is in the order in which the lines end; a single line has none", () => {
     const line = (name: string, y: number): Series => ({
       name,
-      style: 0,
+
       points: [1, 8].map((x) => ({ x, y: y * x })),
     });
     const legend = (series: readonly Series[]): string[] => {
