@@ -108,10 +108,13 @@ function roomOf(file: string): string {
   return file.replace(/\/.*/, "").replace(/\.ts$/, "");
 }
 
+/** Packages that the command needs: words of the command line, scales of charts. */
+const CLI_PACKAGES = ["commander", "d3-scale"];
+
 /** The library has no dependency; the pure rooms not even Node. */
 function packageAllowed(room: string, specifier: string): boolean {
   if (specifier.startsWith("node:")) return !BROWSER_ROOMS.includes(room);
-  return room === "cli" && specifier === "commander";
+  return room === "cli" && CLI_PACKAGES.includes(specifier);
 }
 
 function importsOf(file: string): Import[] {

@@ -1,6 +1,7 @@
 /** The line that `virtio bench` shows while it measures: what happened in the last second. */
 
 import { formatCount, formatNs } from "./format.js";
+import type { Progress } from "./bench-plan.js";
 import type { LatencyHistogram } from "./histogram.js";
 import { TransientLine } from "./terminal.js";
 
@@ -9,20 +10,20 @@ const TICK_MS = 200;
 const TICKS = 5;
 
 /**
- * Show what `latency` counts, for requests of `blockSize` bytes, until the returned function is called.
+ * Show how a run of requests of `blockSize` bytes goes, until the returned function is called.
  * It looks at the counts from outside: the measuring loop does not know of it. Without a terminal it does nothing.
  */
-export function showLive(latency: LatencyHistogram, blockSize: number): () => void {
+export function showLive(progress: Progress, blockSize: number): () => void {
   const line = new TransientLine(process.stderr);
   if (!line.isShown) return () => undefined;
-  const seen: { readonly at: number; readonly counts: LatencyHistogram }[] = [];
+  const seen: { readonly ms: number; readonly counts: LatencyHistogram }[] = [];
   const look = (): void => {
-    if (latency.count === 0) return; // the ramp
-    const now = { at: performance.now(), counts: latency.copy() };
+    const now = { ms: progress.countedMs, counts: progress.counts() };
+    if (now.ms === 0) return; // the ramp
     seen.push(now);
     if (seen.length > TICKS + 1) seen.shift();
-    const [{ at, counts }] = seen;
-    if (seen.length > 1) line.show(liveText(now.counts.since(counts), now.at - at, blockSize));
+    const [{ ms, counts }] = seen;
+    if (now.ms > ms) line.show(liveText(now.counts.since(counts), now.ms - ms, blockSize));
   };
   const timer = setInterval(look, TICK_MS);
   return () => {

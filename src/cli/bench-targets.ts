@@ -13,28 +13,41 @@ export interface TargetOptions {
   readonly blockSize: number;
 }
 
+/** A part of the disk, in blocks of the size of a request. */
+export interface DiskPart {
+  readonly firstBlock: number;
+  readonly blocks: number;
+}
+
+/** The part of a disk of `capacity` bytes that job number `index` has to itself, all `jobs` having as much. */
+export function partOfDisk(capacity: number, blockSize: number, index: number, jobs: number): DiskPart {
+  const blocks = Math.floor(capacity / blockSize / jobs);
+  return { firstBlock: index * blocks, blocks };
+}
+
 /** Where the next request goes: block after block, or anywhere. */
 export class Targets {
   /** Whether the request of the last {@link take} writes. */
   isWrite: boolean;
-  /** Blocks of the disk. */
+  /** The part of the disk that they reach. */
+  protected readonly firstBlock: number;
   protected readonly blocks: number;
   private readonly isMixed: boolean;
   private readonly isRandom: boolean;
   private state = 0x2545f491;
   private next = 0;
 
-  /** `capacity` is the size of the disk in bytes. */
-  constructor(options: TargetOptions, capacity: number) {
-    this.blocks = Math.floor(capacity / options.blockSize);
+  constructor(options: TargetOptions, { firstBlock, blocks }: DiskPart) {
+    this.firstBlock = firstBlock;
+    this.blocks = blocks;
     this.isRandom = options.isRandom;
     this.isMixed = options.writes === "half";
     this.isWrite = options.writes === "all";
   }
 
   /**
-   * Number of the block for the next request, which will use part `_part` of the memory; -1 when there is nothing
-   * more to do.
+   * Number of the block on the disk for the next request, which will use part `_part` of the memory; -1 when there
+   * is nothing more to do.
    */
   take(_part: number): number {
     if (this.isRandom) {
@@ -45,11 +58,11 @@ export class Targets {
       x ^= x << 5;
       this.state = x;
       if (this.isMixed) this.isWrite = (x & 1) === 1; // the block comes from the upper bits
-      return Math.floor(((x >>> 0) / 2 ** 32) * this.blocks);
+      return this.firstBlock + Math.floor(((x >>> 0) / 2 ** 32) * this.blocks);
     }
     const block = this.next;
     this.next = block + 1 === this.blocks ? 0 : block + 1;
-    return block;
+    return this.firstBlock + block;
   }
 
   /** The request that used part `_part` of the memory has succeeded. False: what it read is wrong; see {@link failure}. */

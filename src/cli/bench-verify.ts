@@ -2,7 +2,7 @@
 
 import { randomInt } from "node:crypto";
 import { rangeError, VirtioError } from "../errors.js";
-import { type TargetOptions, Targets } from "./bench-targets.js";
+import { type DiskPart, type TargetOptions, Targets } from "./bench-targets.js";
 
 /** Most blocks of which the generations are kept, 5 bytes each. */
 const MAX_BLOCKS = 2 ** 30;
@@ -25,10 +25,10 @@ export class VerifiedTargets extends Targets {
   private readonly wordsPerBlock: number;
   private readonly blockSize: number;
   private readonly run = randomInt(1, 2 ** 31);
-  /** By block: how often this run has written it, and whether a request is under way there. */
+  /** By block of the part of the disk: how often this run has written it, and whether a request is under way there. */
   private readonly generations: Uint32Array;
   private readonly busy: Uint8Array;
-  /** By part of the memory: the block of the request, and whether it is a read. */
+  /** By part of the memory: the block of the request, counted in the part of the disk, and whether it is a read. */
   private readonly blockOf: Uint32Array;
   private readonly isRead: Uint8Array;
   private checkedBlocks = 0;
@@ -39,13 +39,13 @@ export class VerifiedTargets extends Targets {
   /**
    * @throws RangeError when the disk has fewer blocks than requests are in flight, or too many to keep account of.
    */
-  constructor(options: VerifyOptions, capacity: number, memory: Uint8Array) {
-    super(options, capacity);
+  constructor(options: VerifyOptions, part: DiskPart, memory: Uint8Array) {
+    super(options, part);
     const { blockSize, depth } = options;
     if (this.blocks > MAX_BLOCKS) {
       throw rangeError(
         "--bs",
-        `at least ${Math.ceil(capacity / MAX_BLOCKS)} on so large a disk with --verify`,
+        `at least ${Math.ceil((this.blocks * blockSize) / MAX_BLOCKS)} on so large a disk with --verify`,
         blockSize,
       );
     }
@@ -67,12 +67,12 @@ export class VerifiedTargets extends Targets {
 
   override take(part: number): number {
     const block = this.readBackAt < 0 ? this.takeIdle() : this.takeWritten();
-    if (block < 0) return block;
+    if (block < 0) return -1;
     this.busy[block] = 1;
     this.blockOf[part] = block;
     this.isRead[part] = this.isWrite ? 0 : 1;
-    if (this.isWrite) this.stamp(part, block, ++this.generations[block]);
-    return block;
+    if (this.isWrite) this.stamp(part, this.firstBlock + block, ++this.generations[block]);
+    return this.firstBlock + block;
   }
 
   override completed(part: number): boolean {
@@ -80,7 +80,7 @@ export class VerifiedTargets extends Targets {
     this.busy[block] = 0;
     const generation = this.generations[block];
     if (this.isRead[part] === 0 || generation === 0) return true;
-    return this.check(part, block, generation);
+    return this.check(part, this.firstBlock + block, generation);
   }
 
   override readBack(): boolean {
@@ -97,12 +97,14 @@ export class VerifiedTargets extends Targets {
     return this.mismatch;
   }
 
+  /** A block, counted in the part of the disk, that no request is under way to. */
   private takeIdle(): number {
-    let block = super.take(0);
+    let block = super.take(0) - this.firstBlock;
     while (this.busy[block] !== 0) block = block + 1 === this.blocks ? 0 : block + 1;
     return block;
   }
 
+  /** The next block, counted in the part of the disk, that was written; -1 behind the last. */
   private takeWritten(): number {
     let block = this.readBackAt;
     while (block < this.blocks && this.generations[block] === 0) block++;
@@ -142,7 +144,10 @@ export class VerifiedTargets extends Targets {
 
   private describe(at: number, block: number, generation: number, word: number): VirtioError {
     const [foundBlock, foundGeneration, foundRun, foundWord] = this.memory.subarray(at, at + STAMP_WORDS);
-    const isOurs = foundRun === this.run && foundWord === word && foundGeneration >>> 0 <= this.generations[foundBlock];
+    const isOurs =
+      foundRun === this.run &&
+      foundWord === word &&
+      foundGeneration >>> 0 <= this.generations[foundBlock - this.firstBlock];
     const found = isOurs
       ? `block ${foundBlock}, generation ${foundGeneration >>> 0}, which this run wrote too`
       : "something that this run never wrote";

@@ -1,9 +1,9 @@
 /** `virtio bench`: how many requests a second, how fast each, at what cost. */
 
+import { writeFileSync } from "node:fs";
 import { Command, Option } from "commander";
-import type { BlockInfo } from "../index.js";
-import { drawLatencies } from "./bench-drawing.js";
-import type { BenchJob, BenchResult } from "./bench-run.js";
+import type { BlockDevice } from "../index.js";
+import { type BenchPlan, type Progress, queueSizeFor } from "./bench-plan.js";
 import type { WriteShare } from "./bench-targets.js";
 import {
   addressArgument,
@@ -14,16 +14,11 @@ import {
   withDevice,
   withDeviceOptions,
 } from "./device.js";
-import { formatBytes, formatCount, formatNs } from "./format.js";
 import { positiveNumber, seconds, size } from "./options.js";
-import { columns } from "./table.js";
 import { narrate } from "./terminal.js";
 
-/** The percentiles that are printed, by name. */
-const PERCENTILES = Object.entries({ p50: 0.5, p90: 0.9, p99: 0.99, "p99.9": 0.999, "p99.99": 0.9999 });
-
 /** Milliseconds before counting begins. */
-const RAMP_MS = 300;
+const RAMP_MS = 500;
 
 /** The patterns of --rw, and which part of their requests writes. */
 const WRITES = {
@@ -38,11 +33,13 @@ interface BenchFlags extends DeviceFlags {
   readonly rw: keyof typeof WRITES;
   readonly bs: number;
   readonly iodepth: number;
+  readonly numjobs: number;
   readonly runtime: number;
-  readonly mode: BenchJob["mode"];
-  readonly api: BenchJob["api"];
+  readonly mode: BenchPlan["mode"];
+  readonly api: BenchPlan["api"];
   readonly verify?: true;
   readonly json?: true;
+  readonly svg?: string;
   readonly yesOverwrite?: true;
 }
 
@@ -58,8 +55,9 @@ export const command = withConsentOption(
           .default("randread"),
       )
       .option("--bs <size>", "bytes of a request", size, 4096)
-      .option("--iodepth <n>", "requests in flight", positiveNumber, 32)
-      .option("--runtime <seconds>", "how long to count; a ramp of 0.3 s comes before", seconds, 2)
+      .option("--iodepth <n>", "requests in flight of each job", positiveNumber, 32)
+      .option("--numjobs <n>", "jobs, each with a queue and a part of the disk of its own", positiveNumber, 1)
+      .option("--runtime <seconds>", "how long to count; a ramp of 0.5 s comes before", seconds, 2)
       .addOption(
         new Option(
           "--mode <mode>",
@@ -74,14 +72,16 @@ export const command = withConsentOption(
           .default("callback"),
       )
       .option("--verify", "mark what is written, and check all of it when it is read back")
-      .option("--json", "print the result as JSON"),
+      .option("--json", "print the result as JSON")
+      .option("--svg <file>", "draw requests a second over time, and the latencies, to a file"),
   ),
 )
   .addHelpText(
     "after",
     `
 Latency counts from submission to the moment the program sees the completion. The processor time is that of this
-process alone; a back-end has its own. Writes go anywhere on the disk and need consent. With --verify every block
+process alone; a back-end has its own. Jobs are driven by this one process, each on a queue and an equal part of the
+disk of its own; promises go to the queues in turn. Writes go anywhere on the disk and need consent. With --verify every block
 written carries its number and a generation; reads of such blocks are checked on the way, and all of them after the
 measurement. The first byte that differs ends the run with exit code 1. The checks cost speed.
 
@@ -89,90 +89,66 @@ Examples:
   virtio bench ram:256M
   virtio bench vhost-user:/run/disk.sock --rw randread --bs 4K --iodepth 32 --mode event --api promise
   virtio bench vhost-user:/run/scratch.sock --rw write --bs 1M --iodepth 4 --yes-overwrite --json
+  virtio bench ram:256M --numjobs 2 --iodepth 16 --svg bench.svg
   virtio bench ram:256M --rw randrw --verify`,
   )
   .action(run);
 
 async function run(address: string, flags: BenchFlags): Promise<void> {
-  const writes = WRITES[flags.rw];
+  const { rw } = flags;
+  const writes = WRITES[rw];
   if (writes !== "none") checkConsent(address, flags);
   else if (flags.verify === true)
     throw usageError("--verify checks what was written; add --rw write, randwrite or randrw");
-  const job: BenchJob = {
+  if (flags.svg === "-") throw usageError("--svg - is no file, and stdout has the result; name a file");
+  const plan: BenchPlan = {
     writes,
-    isRandom: flags.rw.startsWith("rand"),
+    isRandom: rw.startsWith("rand"),
     blockSize: flags.bs,
     depth: flags.iodepth,
+    jobs: flags.numjobs,
     verify: flags.verify === true,
     mode: flags.mode,
     api: flags.api,
     rampMs: RAMP_MS,
     runMs: flags.runtime * 1000,
   };
-  const options = {
-    mode: job.mode,
-    readOnly: writes === "none",
-    queueSize: queueSizeFor(job.depth),
-  };
-  const [{ runBench }, { showLive }] = await Promise.all([import("./bench-run.js"), import("./bench-live.js")]);
-  await withDevice(address, flags, options, async (disk) => {
-    const { info } = disk;
-    if (flags.json !== true) narrate(`${describe(address, flags)}, ${info.format} queue`);
-    const result = await runBench(disk, job, (latency) => showLive(latency, job.blockSize));
-    process.stdout.write(`${flags.json === true ? toJson(address, flags, info, result) : toTable(flags, result)}\n`);
+  await withQueues(address, flags, plan, async (disk) => {
+    const [{ runBench }, { describePlan, toJson, toTable }, { showLive }, { Timeline }] = await Promise.all([
+      import("./bench-run.js"),
+      import("./bench-report.js"),
+      import("./bench-live.js"),
+      import("./bench-timeline.js"),
+    ]);
+    const what = { address, rw, plan, info: disk.info };
+    if (flags.json !== true) narrate(describePlan(what));
+    const timeline = new Timeline(plan.runMs);
+    const watch = (progress: Progress): (() => void) => {
+      const ends = [showLive(progress, plan.blockSize)];
+      if (flags.svg !== undefined) ends.push(timeline.follow(progress));
+      return () => ends.forEach((end) => end());
+    };
+    const measured = { ...what, result: await runBench(disk, plan, watch) };
+    process.stdout.write(`${flags.json === true ? toJson(measured) : toTable(measured)}\n`);
+    if (flags.svg === undefined) return;
+    const { benchSvg } = await import("./bench-svg.js");
+    writeFileSync(flags.svg, benchSvg(measured, timeline.stretches()));
+    narrate(`drawn to ${flags.svg}`);
   });
 }
 
-/** A third of a ring's descriptors may be lost to requests that take three of them. */
-function queueSizeFor(depth: number): number {
-  return Math.min(32768, Math.max(256, 2 ** Math.ceil(Math.log2(depth * 1.5))));
-}
-
-function describe(address: string, { rw, bs, iodepth, mode, api }: BenchFlags): string {
-  return `${address}: ${rw} of ${formatBytes(bs)}, ${iodepth} in flight, ${mode}, ${api}`;
-}
-
-function iopsOf({ latency, ms }: BenchResult): number {
-  return (latency.count / ms) * 1000;
-}
-
-function cpuNsOf({ latency, cpuMicros }: BenchResult): number {
-  return (cpuMicros * 1000) / latency.count;
-}
-
-function toTable(flags: BenchFlags, result: BenchResult): string {
-  const { latency } = result;
-  const iops = iopsOf(result);
-  const figures = columns("lr", [
-    ["requests a second", formatCount(iops)],
-    ["bytes a second", formatBytes(iops * flags.bs)],
-    ["latency, mean", formatNs(latency.mean)],
-    ...PERCENTILES.map(([name, p]) => [`latency, ${name}`, formatNs(latency.percentile(p))]),
-    ["latency, max", formatNs(latency.max)],
-    ["processor time a request", formatNs(cpuNsOf(result))],
-    ...(flags.verify === true ? [["reads verified", formatCount(result.checked)]] : []),
-  ]);
-  return [...figures, "", ...drawLatencies(latency)].join("\n");
-}
-
-function toJson(address: string, flags: BenchFlags, info: BlockInfo, result: BenchResult): string {
-  const { rw, bs, iodepth, runtime, mode, api } = flags;
-  const { latency, ms } = result;
-  const iops = iopsOf(result);
-  const whole = Math.round;
-  return JSON.stringify(
-    {
-      ...{ address, rw, bs, iodepth, runtime, mode, api, format: info.format, queueSize: info.queueSize },
-      ...{ requests: latency.count, seconds: ms / 1000, iops: whole(iops), bytesPerSecond: whole(iops * bs) },
-      latencyNs: {
-        ...{ min: whole(latency.min), mean: whole(latency.mean) },
-        ...Object.fromEntries(PERCENTILES.map(([name, p]) => [name, whole(latency.percentile(p))])),
-        max: whole(latency.max),
-      },
-      cpuNsPerRequest: whole(cpuNsOf(result)),
-      ...(flags.verify === true && { verified: result.checked }),
-    },
-    undefined,
-    2,
-  );
+/** Open the device with a queue for each job. */
+async function withQueues(
+  address: string,
+  flags: DeviceFlags,
+  { jobs, mode, writes, depth }: BenchPlan,
+  use: (disk: BlockDevice) => Promise<void>,
+): Promise<void> {
+  const options = { mode, readOnly: writes === "none", queues: jobs, queueSize: queueSizeFor(depth) };
+  try {
+    await withDevice(address, flags, options, use);
+  } catch (error) {
+    if (!(error instanceof Error && "code" in error && error.code === "ERR_VIRTIO_QUEUES")) throw error;
+    throw usageError(error.message.replace("queues: ", "--numjobs "));
+  }
 }

@@ -120,7 +120,7 @@ async function tellSpeed(disk: BlockDevice, isOwn: boolean): Promise<void> {
   const { runBench } = await import("./bench-run.js");
   const { latency, ms } = await runBench(disk, {
     ...{ writes: "none", isRandom: true, blockSize: SPEED_BYTES, depth: SPEED_DEPTH, mode: "poll", api: "callback" },
-    ...{ verify: false, rampMs: 200, runMs: SPEED_MS },
+    ...{ jobs: 1, verify: false, rampMs: 200, runMs: SPEED_MS },
   });
   const iops = formatCount((latency.count / ms) * 1000);
   const request = `random reads of ${formatBytes(SPEED_BYTES)}, ${SPEED_DEPTH} in flight, polled`;

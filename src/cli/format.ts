@@ -17,6 +17,12 @@ export function formatCount(count: number): string {
   return `${value.toPrecision(Math.max(3, Math.floor(Math.log10(value)) + 1))}${unit}`;
 }
 
+/** A count without digits that say nothing, for an axis: `500k`, `2.5M`, `0.02`. */
+export function formatTick(count: number): string {
+  const [unit, name] = count >= 1e6 ? [1e6, "M"] : count >= 1000 ? [1e3, "k"] : [1, ""];
+  return `${Number((count / unit).toPrecision(6))}${name}`;
+}
+
 /** Nanoseconds in a unit that fits: `850 ns`, `12.3 µs`, `4.56 ms`. */
 export function formatNs(ns: number): string {
   if (ns < 1000) return `${Math.round(ns)} ns`;

@@ -6,8 +6,8 @@ const STEPS = 1 << STEP_BITS;
 /** Values of 31 bits and less; what is longer than 2.1 seconds counts as that. */
 const MAX_NS = 2 ** 31 - 1;
 
-/** So many durations lay between two powers of two. */
-export interface Octave {
+/** So many durations lay between two bounds. */
+export interface Bin {
   /** Shortest and longest duration that belongs here, in nanoseconds. */
   readonly from: number;
   readonly to: number;
@@ -32,20 +32,31 @@ export class LatencyHistogram {
     if (ns < this.shortest) this.shortest = ns;
   }
 
-  /** The counts as they are now. */
-  copy(): LatencyHistogram {
-    const copy = new LatencyHistogram();
-    copy.counts.set(this.counts);
-    copy.sum = this.sum;
-    copy.total = this.total;
-    copy.longest = this.longest;
-    copy.shortest = this.shortest;
-    return copy;
+  /** Forget everything. */
+  clear(): void {
+    this.counts.fill(0);
+    this.sum = 0;
+    this.total = 0;
+    this.longest = 0;
+    this.shortest = Number.POSITIVE_INFINITY;
   }
 
-  /** What was recorded after `earlier`, a {@link copy} of these counts; its shortest and longest are of all. */
+  /** The counts of several together, as they are now. */
+  static sum(parts: readonly LatencyHistogram[]): LatencyHistogram {
+    const sum = new LatencyHistogram();
+    for (const part of parts) {
+      for (let bucket = 0; bucket < sum.counts.length; bucket++) sum.counts[bucket] += part.counts[bucket];
+      sum.sum += part.sum;
+      sum.total += part.total;
+      sum.longest = Math.max(sum.longest, part.longest);
+      sum.shortest = Math.min(sum.shortest, part.shortest);
+    }
+    return sum;
+  }
+
+  /** What was recorded after `earlier`, a {@link sum} of these counts; its shortest and longest are of all. */
   since(earlier: LatencyHistogram): LatencyHistogram {
-    const rest = this.copy();
+    const rest = LatencyHistogram.sum([this]);
     for (const [bucket, count] of earlier.counts.entries()) rest.counts[bucket] -= count;
     rest.sum -= earlier.sum;
     rest.total -= earlier.total;
@@ -82,15 +93,20 @@ export class LatencyHistogram {
     return 0;
   }
 
-  /** The counts by powers of two, from the first octave that is not empty to the last. */
-  octaves(): Octave[] {
-    const octaves: Octave[] = [];
-    for (let first = 0; first < this.counts.length; first += STEPS) {
-      const count = this.counts.subarray(first, first + STEPS).reduce((sum, each) => sum + each, 0);
-      octaves.push({ from: endOfBucket(first - 1) + 1, to: endOfBucket(first + STEPS - 1), count });
+  /**
+   * The counts in `perOctave` bins for each power of two, from the first bin that is not empty to the last.
+   *
+   * @param perOctave - a power of two, at most 64. Below 64 ns an octave may have fewer bins than that.
+   */
+  bins(perOctave: number): Bin[] {
+    const width = STEPS / perOctave;
+    const bins: Bin[] = [];
+    for (let first = 0; first < this.counts.length; first += width) {
+      const count = this.counts.subarray(first, first + width).reduce((sum, each) => sum + each, 0);
+      bins.push({ from: endOfBucket(first - 1) + 1, to: endOfBucket(first + width - 1), count });
     }
-    const isFilled = ({ count }: Octave): boolean => count > 0;
-    return octaves.slice(Math.max(0, octaves.findIndex(isFilled)), octaves.findLastIndex(isFilled) + 1);
+    const isFilled = ({ count }: Bin): boolean => count > 0;
+    return bins.slice(Math.max(0, bins.findIndex(isFilled)), bins.findLastIndex(isFilled) + 1);
   }
 }
 

@@ -6,10 +6,11 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { after, describe, test } from "node:test";
-import { Targets, type WriteShare } from "../../src/cli/bench-targets.js";
+import { partOfDisk, Targets, type WriteShare } from "../../src/cli/bench-targets.js";
 import { VerifiedTargets } from "../../src/cli/bench-verify.js";
 import { RamStorage, VhostUserBackend } from "../../src/backend/index.js";
 import { onTerminal, virtio } from "./command.js";
+import { assertTextsApart, assertWellFormed, textBoxes } from "./svg.js";
 
 const folder = mkdtempSync(join(tmpdir(), "virtio-bench-"));
 after(() => rmSync(folder, { recursive: true }));
@@ -17,14 +18,14 @@ after(() => rmSync(folder, { recursive: true }));
 const KIB = 1 << 10;
 const MIB = 1 << 20;
 
-test("random targets reach every block, and no other; half of a mixture writes", () => {
+test("random targets reach every block of their part of the disk, and no other; half of a mixture writes", () => {
   const shares: readonly (readonly [WriteShare, number])[] = [
     ["none", 0],
     ["half", 0.5],
     ["all", 1],
   ];
   for (const [writes, expected] of shares) {
-    const targets = new Targets({ writes, isRandom: true, blockSize: 4096 }, 100 * 4096 + 512);
+    const targets = new Targets({ writes, isRandom: true, blockSize: 4096 }, partOfDisk(400 * 4096 + 512, 4096, 2, 4));
     const reached = { reads: new Set<number>(), writes: new Set<number>() };
     let written = 0;
     for (let i = 0; i < 10_000; i++) {
@@ -33,7 +34,7 @@ test("random targets reach every block, and no other; half of a mixture writes",
       if (targets.isWrite) written++;
     }
     assert.ok(Math.abs(written / 10_000 - expected) < 0.02, `${written} writes`);
-    const all = Array.from({ length: 100 }, (_, i) => i);
+    const all = Array.from({ length: 100 }, (_, i) => 200 + i);
     const sorted = (blocks: Set<number>): number[] => [...blocks].sort((a, b) => a - b);
     assert.deepEqual(sorted(reached.reads), writes === "all" ? [] : all);
     assert.deepEqual(sorted(reached.writes), writes === "none" ? [] : all);
@@ -41,11 +42,11 @@ test("random targets reach every block, and no other; half of a mixture writes",
 });
 
 /** Verified targets of `blocks` blocks of 1 KiB, with memory for `depth` requests, and a disk that does them. */
-function verified(blocks: number, depth: number, writes: WriteShare = "half") {
+function verified(blocks: number, depth: number, writes: WriteShare = "half", firstBlock = 0) {
   const memory = new Uint8Array(depth * KIB);
-  const disk = new Uint8Array(blocks * KIB);
+  const disk = new Uint8Array((firstBlock + blocks) * KIB);
   const options = { writes, isRandom: writes === "half", blockSize: KIB, depth };
-  const targets = new VerifiedTargets(options, disk.length, memory);
+  const targets = new VerifiedTargets(options, { firstBlock, blocks }, memory);
   const transfer = (part: number, block: number): void => {
     const ofMemory = memory.subarray(part * KIB, (part + 1) * KIB);
     const ofDisk = disk.subarray(block * KIB, (block + 1) * KIB);
@@ -140,6 +141,21 @@ describe("verification", () => {
     });
   }
 
+  test("in a part of the disk that begins elsewhere, blocks and offsets are those of the disk", () => {
+    const run = verified(8, 1, "all", 100);
+    for (let i = 0; i < 8; i++) {
+      const block = run.targets.take(0);
+      assert.equal(block, 100 + i);
+      run.transfer(0, block);
+      run.targets.completed(0);
+    }
+    run.disk.copyWithin(103 * KIB, 105 * KIB, 106 * KIB);
+    assert.equal(readBack(run), 4);
+    const expected =
+      /offset 105472: expected block 103, generation 1, found block 105, generation 1, which this run wrote too$/;
+    assert.match(run.targets.failure?.message ?? "", expected);
+  });
+
   test("a lost write is found", () => {
     const run = verified(4, 1, "all");
     for (let i = 0; i < 7; i++) {
@@ -231,8 +247,100 @@ describe("virtio bench", { concurrency: 1 }, () => {
     });
   }
 
+  for (const [mode, api] of [
+    ["poll", "callback"],
+    ["hybrid", "callback"],
+    ["event", "callback"],
+    ["poll", "promise"],
+    ["hybrid", "promise"],
+  ]) {
+    test(`--numjobs 3 --mode ${mode} --api ${api}: each job has a third of the disk, and all are summed up`, async () => {
+      const { path, close, reads } = await recording("jobs.sock", 3);
+      try {
+        const options = `--numjobs 3 --iodepth 4 --runtime 0.1 --mode ${mode} --api ${api} --json`.split(" ");
+        const { code, stdout, stderr } = await virtio(["bench", `vhost-user:${path}`, ...options]);
+        assert.deepEqual([code, stderr], [0, ""]);
+        const { numjobs, iodepth, requests, iops, jobs } = JSON.parse(stdout.toString()) as BenchJson;
+        assert.deepEqual([numjobs, iodepth, jobs.length], [3, 4, 3]);
+        const sum = (values: readonly number[]): number => values.reduce((all, value) => all + value, 0);
+        assert.equal(sum(jobs.map((job) => job.requests)), requests);
+        assert.ok(Math.abs(sum(jobs.map((job) => job.iops)) - iops) <= 3);
+        for (const job of jobs) assert.ok(job.requests === 0 || job.latencyNs.p50 > 0);
+        // 85 blocks are a third, one is left over. What a job has done at the start and no more is no job.
+        const thirds = [0, 0, 0];
+        for (const offset of reads) thirds[Math.floor(offset / 4096 / 85)]++;
+        assert.equal(thirds.length, 3);
+        for (const count of thirds) assert.ok(count > 4, `${thirds.join(", ")} reads`);
+      } finally {
+        await close();
+      }
+    });
+  }
+
+  test("--numjobs: the table has the slowest and the fastest job, and --verify checks the part of each", async () => {
+    const words = "bench ram:1M --numjobs 2 --iodepth 8 --runtime 0.05 --rw randrw --verify".split(" ");
+    const { code, stdout, stderr } = await virtio(words);
+    assert.deepEqual(
+      [code, stderr.trimEnd()],
+      [0, `ram:1M: randrw of 4 KiB, 8 in flight, poll, callback, 2 jobs on packed queues`],
+    );
+    assert.match(
+      stdout.toString(),
+      /^requests a second +\d.*\nslowest job +\d.*\nfastest job +\d[^]*\nreads verified +\d/,
+    );
+  });
+
+  test("--numjobs beyond the queues of the device is a usage error that says how many there are", async () => {
+    const { path, close } = await recording("one.sock", 1);
+    try {
+      const { code, stdout, stderr } = await virtio(["bench", `vhost-user:${path}`, "--numjobs", "2"]);
+      assert.deepEqual([code, stdout.toString()], [2, ""]);
+      const expected = `vhost-user:${path} has 1 request queue(s), 2 were asked for; pass --numjobs 1; try: virtio help bench`;
+      assert.equal(stderr, `virtio: ERR_VIRTIO_ARGUMENT: ${expected}\n`);
+    } finally {
+      await close();
+    }
+  });
+
+  test("--numjobs that leave less than a request for each are refused", async () => {
+    const { code, stderr } = await virtio("bench ram:1M --numjobs 4 --bs 512K".split(" "));
+    assert.equal(code, 2);
+    assert.match(stderr, /"--bs" expected a multiple of 512, at most 262144, got 524288\n$/);
+  });
+
+  test("--svg draws the run to a file, beside the result on stdout", async () => {
+    const file = join(folder, "bench.svg");
+    const { code, stdout, stderr } = await virtio(`bench ram:1M --runtime 0.2 --json --svg ${file}`.split(" "));
+    assert.deepEqual([code, stderr], [0, `drawn to ${file}\n`]);
+    assert.ok((JSON.parse(stdout.toString()) as BenchJson).requests > 0);
+    const svg = readFileSync(file, "utf8");
+    assertWellFormed(svg);
+    const texts = textBoxes(svg);
+    assertTextsApart(svg, texts);
+    const contents = texts.map(({ content }) => content);
+    for (const expected of [
+      "randread of 4 KiB on ram:1M",
+      "32 in flight, poll, callback, packed queue",
+      "requests a second",
+      "share of requests",
+    ]) {
+      assert.ok(contents.includes(expected), expected);
+    }
+    for (const name of ["p50", "p90", "p99", "p99.9", "p99.99"]) {
+      assert.equal(contents.filter((content) => content.startsWith(`${name} `)).length, 1, name);
+    }
+  });
+
+  test("--svg to where no file can be: the result is printed all the same, exit 1", async () => {
+    const file = join(folder, "no", "bench.svg");
+    const { code, stdout, stderr } = await virtio(`bench ram:1M --runtime 0.05 --json --svg ${file}`.split(" "));
+    assert.equal(code, 1);
+    assert.ok((JSON.parse(stdout.toString()) as BenchJson).seconds > 0);
+    assert.match(stderr, /^virtio: ENOENT: no such file or directory, open [^\n]*bench\.svg'\n$/);
+  });
+
   test("on a terminal a live line is shown and erased; without one there is none", async () => {
-    const words = "bench ram:1M --runtime 2 --json".split(" ");
+    const words = "bench ram:1M --numjobs 2 --runtime 2 --json".split(" ");
     const shown = await onTerminal(words);
     assert.equal(shown.code, 0);
     const [before, result] = shown.stdout.toString().split("{\r\n");
@@ -279,17 +387,39 @@ describe("virtio bench", { concurrency: 1 }, () => {
   });
 });
 
+/** A disk of 1 MiB with so many queues, and the offsets that are read. */
+async function recording(name: string, queues: number) {
+  const storage = new RamStorage(MIB);
+  const reads: number[] = [];
+  const path = join(folder, name);
+  const recorder = {
+    capacity: storage.capacity,
+    read: (offset: number, into: Uint8Array) => {
+      reads.push(offset);
+      storage.read(offset, into);
+    },
+    write: () => undefined,
+    flush: () => undefined,
+  };
+  const backend = VhostUserBackend.listen({ path, storage: recorder, queues });
+  return { path, reads, close: () => backend.close() };
+}
+
 interface BenchJson {
   readonly rw: string;
   readonly bs: number;
   readonly iodepth: number;
+  readonly numjobs: number;
   readonly mode: string;
   readonly api: string;
   readonly requests: number;
   readonly seconds: number;
   readonly iops: number;
   readonly bytesPerSecond: number;
-  readonly latencyNs: Readonly<Record<"min" | "mean" | "p50" | "p90" | "p99" | "p99.9" | "p99.99" | "max", number>>;
+  readonly latencyNs: LatencyJson;
   readonly cpuNsPerRequest: number;
   readonly verified: number;
+  readonly jobs: readonly { readonly requests: number; readonly iops: number; readonly latencyNs: LatencyJson }[];
 }
+
+type LatencyJson = Readonly<Record<"min" | "mean" | "p50" | "p90" | "p99" | "p99.9" | "p99.99" | "max", number>>;

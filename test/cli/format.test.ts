@@ -79,33 +79,48 @@ test("percentiles are at most 1/64 too long, never too short; count, mean, min a
   );
 });
 
-test("counts since a copy are those recorded after it, and leave the copy alone", () => {
+test("counts since a sum are those recorded after it, and leave the sum alone", () => {
   const histogram = new LatencyHistogram();
   for (let i = 0; i < 100; i++) histogram.record(1000);
-  const earlier = histogram.copy();
+  const earlier = LatencyHistogram.sum([histogram]);
   for (let i = 0; i < 10; i++) histogram.record(50);
   const recent = histogram.since(earlier);
   assert.deepEqual([recent.count, recent.mean, recent.percentile(1)], [10, 50, 50]);
   assert.deepEqual([earlier.count, earlier.mean, histogram.count], [100, 1000, 110]);
 });
 
-test("octaves hold every duration once, and begin and end with one that is not empty", () => {
-  assert.deepEqual(new LatencyHistogram().octaves(), []);
+test("a sum counts what its parts count", () => {
+  const parts = fc.array(fc.array(fc.nat(1e9), { maxLength: 30 }), { maxLength: 4 });
+  const recorded = (values: readonly number[]): LatencyHistogram => {
+    const histogram = new LatencyHistogram();
+    for (const value of values) histogram.record(value);
+    return histogram;
+  };
+  fc.assert(
+    fc.property(parts, (lists) => {
+      assert.deepEqual(LatencyHistogram.sum(lists.map(recorded)), recorded(lists.flat()));
+    }),
+  );
+});
+
+test("bins hold every duration once, and begin and end with one that is not empty", () => {
+  assert.deepEqual(new LatencyHistogram().bins(8), []);
   const durations = fc.array(fc.oneof(fc.nat(300), fc.nat(2 ** 31 - 1)), { minLength: 1, maxLength: 100 });
   fc.assert(
-    fc.property(durations, (values) => {
+    fc.property(durations, fc.constantFrom(1, 8, 64), (values, perOctave) => {
       const histogram = new LatencyHistogram();
       for (const value of values) histogram.record(value);
-      const octaves = histogram.octaves();
-      for (const [i, { from, to, count }] of octaves.entries()) {
+      const bins = histogram.bins(perOctave);
+      for (const [i, { from, to, count }] of bins.entries()) {
         assert.equal(count, values.filter((value) => from <= value && value <= to).length);
-        if (i > 0) assert.equal(from, octaves[i - 1].to + 1);
+        if (i > 0) assert.equal(from, bins[i - 1].to + 1);
+        if (from >= 64) assert.ok(to + 1 <= from * (1 + 1 / perOctave), `${from} to ${to}`);
       }
       assert.equal(
-        octaves.reduce((sum, { count }) => sum + count, 0),
+        bins.reduce((sum, { count }) => sum + count, 0),
         values.length,
       );
-      assert.ok(octaves[0].count > 0 && octaves[octaves.length - 1].count > 0);
+      assert.ok(bins[0].count > 0 && bins[bins.length - 1].count > 0);
     }),
   );
 });

@@ -10,6 +10,7 @@ import { VirtioFeature } from "../../src/virtqueue/features.js";
 import { VirtqueueLayout, type VirtqueueLayoutOptions } from "../../src/virtqueue/layout.js";
 import { virtio } from "./command.js";
 import { drawings } from "./drawings.js";
+import { assertTextsApart, assertWellFormed, textBoxes } from "./svg.js";
 
 test("virtio layout prints each area and field with offset, size and alignment", async () => {
   const { code, stdout, stderr } = await virtio(["layout", "--queue-size", "8", "--request-size", "33"]);
@@ -127,17 +128,9 @@ for (const options of drawn) {
     const layout = new VirtqueueLayout(options);
     const svg = layoutSvg(layout);
     assertWellFormed(svg);
-    const [, width, height] = /^<svg [^>]*width="(\d+)" height="(\d+)"/.exec(svg) ?? [];
     const texts = textBoxes(svg);
-    for (const box of texts) {
-      assert.ok(box.left >= 8 && box.right <= Number(width) - 8, `"${box.content}" ends outside`);
-      assert.ok(box.top >= 8 && box.bottom <= Number(height) - 8, `"${box.content}" ends outside`);
-    }
-    for (const [i, a] of texts.entries()) {
-      for (const b of texts.slice(i + 1)) {
-        const apart = a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
-        assert.ok(apart, `"${a.content}" overlaps "${b.content}"`);
-      }
+    assertTextsApart(svg, texts);
+    for (const a of texts) {
       for (const [, points] of svg.matchAll(/<polygon points="([^"]*)" class="paper"/g)) {
         const xs = points.split(" ").map((point) => Number(point.split(",")[0]));
         const ys = points.split(" ").map((point) => Number(point.split(",")[1]));
@@ -157,49 +150,5 @@ for (const options of drawn) {
       assert.ok(texts.filter((box) => box.content === String(area.offset)).length >= 2, `offset ${area.offset}`);
     }
     assert.ok(texts.some((box) => box.content === String(layout.endOffset)));
-  });
-}
-
-/** Every element that is opened is closed, in order, and nothing else looks like markup. */
-function assertWellFormed(svg: string): void {
-  const open: string[] = [];
-  const rest = svg.replaceAll(
-    /<(\/?)([a-z]+)((?: [a-zA-Z]+="[^"<>&]*(?:&[a-z]+;[^"<>&]*)*")*)(\/?)>/g,
-    (_, end, name, __, empty) => {
-      if (end === "/") assert.equal(open.pop(), name);
-      else if (empty === "") open.push(String(name));
-      return "";
-    },
-  );
-  assert.deepEqual(open, []);
-  assert.doesNotMatch(rest, /[<>]|&(?!amp;|lt;|gt;|quot;)/);
-}
-
-interface TextBox {
-  readonly content: string;
-  readonly left: number;
-  readonly right: number;
-  readonly top: number;
-  readonly bottom: number;
-}
-
-/** Where the texts stand, by the usual width of letters in their size. */
-function textBoxes(svg: string): TextBox[] {
-  const sizes: Readonly<Record<string, number>> = {
-    title: 21,
-    heading: 14,
-    facts: 13,
-    legend: 12,
-    note: 12,
-    name: 11.5,
-  };
-  return [...svg.matchAll(/<text x="([\d.]+)" y="([\d.]+)" class="([a-z]+)( end)?">(.*?)<\/text>/g)].map((match) => {
-    const [, x, y, className, end, markup] = match;
-    const content = markup.replaceAll(/<[^>]*>/g, "  ").trim();
-    const size = sizes[className] ?? 11;
-    const width = content.length * size * 0.6;
-    const isMiddle = ["name", "member", "size", "offset"].includes(className);
-    const left = Number(x) - (end !== undefined ? width : isMiddle ? width / 2 : 0);
-    return { content, left, right: left + width, top: Number(y) - size * 0.75, bottom: Number(y) + size * 0.2 };
   });
 }

@@ -80,6 +80,14 @@ describe("virtio", { concurrency: 2 }, () => {
       `${ARGUMENT}option '--iodepth <n>' argument '0' is invalid. It must be at least 1; try: virtio help bench`,
     ],
     [
+      "bench ram:1M --numjobs 0",
+      `${ARGUMENT}option '--numjobs <n>' argument '0' is invalid. It must be at least 1; try: virtio help bench`,
+    ],
+    [
+      "bench ram:1M --svg -",
+      `${ARGUMENT}--svg - is no file, and stdout has the result; name a file; try: virtio help bench`,
+    ],
+    [
       "bench ram:1M --runtime 0",
       `${ARGUMENT}option '--runtime <seconds>' argument '0' is invalid. It is no number of seconds above 0 and up to a day; try: virtio help bench`,
     ],

@@ -19,6 +19,7 @@ const PACKAGES: Readonly<Record<string, string>> = {
   "qemu-storage-daemon": "qemu-system-common",
   "qemu-img": "qemu-utils",
   "qemu-io": "qemu-utils",
+  fio: "fio",
 };
 
 /**
@@ -28,11 +29,17 @@ const PACKAGES: Readonly<Record<string, string>> = {
  * @throws Error when it is not installed and VIRTIO_REQUIRE_PEERS=1.
  */
 export function requirePeer(...names: readonly string[]): false | string {
-  const missing = names.filter((name) => !isInstalled(name));
-  if (missing.length === 0) return false;
-  const reason = missing.map((name) => `${name} is not installed (${PACKAGES[name] ?? name})`).join(", ");
+  const reason = missingPeers(names);
+  if (reason === undefined) return false;
   if (process.env["VIRTIO_REQUIRE_PEERS"] === "1") throw new Error(`VIRTIO_REQUIRE_PEERS=1, but ${reason}`);
   return reason;
+}
+
+/** Which of the programs are not installed, and the packages that bring them; undefined when all are. */
+export function missingPeers(names: readonly string[]): string | undefined {
+  const missing = names.filter((name) => !isInstalled(name));
+  if (missing.length === 0) return undefined;
+  return missing.map((name) => `${name} is not installed (${PACKAGES[name] ?? name})`).join(", ");
 }
 
 function isInstalled(name: string): boolean {
