@@ -31,6 +31,9 @@ const LOOKS_PER_REQUEST = 20;
 const MIN_WINDOW_MS = 0.02;
 const MAX_WINDOW_MS = 0.2;
 
+/** Who looked last in this thread: where several queues are looked at, each gets a few looks in turn. */
+let lastLooker: CompletionWatch | undefined;
+
 /**
  * Watches one queue. Looking costs processor time, waking up costs latency (tens of microseconds in a virtual
  * machine), so the time to look adapts as in the kernel's halt polling: a notification soon after falling asleep
@@ -202,6 +205,8 @@ export class CompletionWatch {
   /** Mode `"hybrid"`: reap and look again until the turn is over, nothing is in flight, or looking does not pay. */
   private look(): void {
     const begin = performance.now();
+    const isAlone = lastLooker === this;
+    lastLooker = this;
     if (this.asleep) this.wakeUp(begin);
     if (this.useful) {
       this.useful = false;
@@ -220,7 +225,7 @@ export class CompletionWatch {
       if (looks % LOOKS_PER_CLOCK !== 0) continue;
       const now = performance.now();
       if (now - this.lastUseful > this.window && this.fallAsleep(now)) return;
-      if (now - begin > TURN_MS) return;
+      if (!isAlone || now - begin > TURN_MS) return;
     }
     this.lastUseful = performance.now();
   }

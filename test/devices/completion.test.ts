@@ -16,6 +16,8 @@ class Bench {
   readonly device: FakeDevice;
   readonly watch: CompletionWatch;
   readonly errors: Error[] = [];
+  /** Called before each look. */
+  onLook: () => void = () => {};
   /** Slots in the order they were reaped. */
   readonly reaped: number[] = [];
   private readonly event = EventFd.create();
@@ -28,6 +30,7 @@ class Bench {
     this.device = new FakeDevice({ layout, buffer, iova: IOVA, features });
     this.availFlags = new Uint16Array(buffer, layout.driverAreaOffset, 1);
     const reap = (limit: number): number => {
+      this.onLook();
       let count = 0;
       for (; count < limit; count++) {
         const slot = this.queue.poll();
@@ -144,6 +147,41 @@ describe("mode event with many requests in flight", { timeout: 20_000 }, () => {
       await bench.until(() => bench.reaped.length === i + 1);
     }
   });
+});
+
+test("mode hybrid: a queue that looks behind another one gives way after a few looks", {
+  timeout: 20_000,
+}, async (t) => {
+  const benches = [new Bench(t, "hybrid"), new Bench(t, "hybrid"), new Bench(t, "hybrid")];
+  let phase = 0;
+  let ended = false;
+  const tick = (): void => {
+    phase++;
+    if (!ended) setImmediate(tick);
+  };
+  setImmediate(tick);
+  // Looks of one queue in one phase of the event loop, and who looked before.
+  const run = { owner: -1, before: -1, phase: -1, looks: 0 };
+  let most = 0;
+  for (const [i, bench] of benches.entries()) {
+    bench.onLook = () => {
+      if (run.owner !== i || run.phase !== phase) Object.assign(run, { owner: i, before: run.owner, phase, looks: 0 });
+      run.looks++;
+      if (run.before !== i) most = Math.max(most, run.looks);
+    };
+  }
+  for (let round = 1; round <= 20; round++) {
+    for (const bench of benches) bench.submit();
+    await nextTurn();
+    await nextTurn();
+    for (const bench of benches) {
+      bench.answer();
+      await bench.until(() => bench.reaped.length === round);
+    }
+  }
+  ended = true;
+  // 32, and as many again when something completes just as it goes to sleep.
+  assert.ok(most > 0 && most <= 64, `${most} looks`);
 });
 
 describe("mode hybrid", { timeout: 20_000 }, () => {
