@@ -55,12 +55,6 @@ async function measure(cases: readonly Case[]): Promise<readonly Cost[]> {
   return costs;
 }
 
-/** The same case in a process of its own, where the engine sees one kind of ring only. */
-function measureAlone(index: number): Cost {
-  const output = execFileSync(process.execPath, [fileURLToPath(import.meta.url), String(index)], { encoding: "utf8" });
-  return JSON.parse(output) as Cost;
-}
-
 function row({ packed, indirect, batch, segments }: Case, alone: Cost, together: Cost): string[] {
   return [
     packed ? "packed" : "split",
@@ -78,6 +72,7 @@ function row({ packed, indirect, batch, segments }: Case, alone: Cost, together:
 /** Run without a pause and watch the collector. */
 async function garbage(packed: boolean): Promise<string> {
   const { run } = await load({ packed, indirect: true, batch: 32, segments: 1 });
+  run(REQUESTS);
   let major = 0;
   let minor = 0;
   const observer = new PerformanceObserver((list) => {
@@ -110,12 +105,22 @@ for (const packed of [false, true]) {
     cases.push({ packed, indirect, batch: 8, segments: SCATTER });
   }
 }
-const only = process.argv[2];
-if (only !== undefined) {
-  const [cost] = await measure([cases[Number(only)]]);
+/** Run this file in a process of its own. */
+function own<T>(...args: readonly string[]): T {
+  return JSON.parse(
+    execFileSync(process.execPath, [fileURLToPath(import.meta.url), ...args], { encoding: "utf8" }),
+  ) as T;
+}
+
+const [what, which] = process.argv.slice(2);
+if (what === "case") {
+  const [cost] = await measure([cases[Number(which)]]);
   console.log(JSON.stringify(cost));
+} else if (what === "garbage") {
+  console.log(JSON.stringify(await garbage(which === "packed")));
 } else {
-  const alone = cases.map((_, i) => measureAlone(i));
+  // In a process of its own the engine sees one kind of ring only.
+  const alone = cases.map((_, i) => own<Cost>("case", String(i)));
   const together = await measure(cases);
   writeResult("ring", {
     title: "Cost of the driver's half of a ring",
@@ -133,6 +138,6 @@ if (only !== undefined) {
       "device ns",
     ],
     rows: cases.map((each, i) => row(each, alone[i], together[i])),
-    notes: [await garbage(false), await garbage(true)],
+    notes: [own<string>("garbage", "split"), own<string>("garbage", "packed")],
   });
 }
