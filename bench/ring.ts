@@ -106,10 +106,8 @@ for (const packed of [false, true]) {
   }
 }
 /** Run this file in a process of its own. */
-function own<T>(...args: readonly string[]): T {
-  return JSON.parse(
-    execFileSync(process.execPath, [fileURLToPath(import.meta.url), ...args], { encoding: "utf8" }),
-  ) as T;
+function own(...args: readonly string[]): unknown {
+  return JSON.parse(execFileSync(process.execPath, [fileURLToPath(import.meta.url), ...args], { encoding: "utf8" }));
 }
 
 const [what, which] = process.argv.slice(2);
@@ -120,7 +118,7 @@ if (what === "case") {
   console.log(JSON.stringify(await garbage(which === "packed")));
 } else {
   // In a process of its own the engine sees one kind of ring only.
-  const alone = cases.map((_, i) => own<Cost>("case", String(i)));
+  const alone = cases.map((_, i) => own("case", String(i)) as Cost);
   const together = await measure(cases);
   writeResult("ring", {
     title: "Cost of the driver's half of a ring",
@@ -138,6 +136,6 @@ if (what === "case") {
       "device ns",
     ],
     rows: cases.map((each, i) => row(each, alone[i], together[i])),
-    notes: [own<string>("garbage", "split"), own<string>("garbage", "packed")],
+    notes: [String(own("garbage", "split")), String(own("garbage", "packed"))],
   });
 }
