@@ -31,8 +31,8 @@ const LOOKS_PER_REQUEST = 20;
 const MIN_WINDOW_MS = 0.02;
 const MAX_WINDOW_MS = 0.2;
 
-/** Who looked last in this thread: where several queues are looked at, each gets a few looks in turn. */
-let lastLooker: CompletionWatch | undefined;
+/** The queue looked at last in this thread: where there are several, each gets a few looks in turn. */
+let lastLooked: Virtqueue | undefined;
 
 /**
  * Watches one queue. Looking costs processor time, waking up costs latency (tens of microseconds in a virtual
@@ -205,8 +205,8 @@ export class CompletionWatch {
   /** Mode `"hybrid"`: reap and look again until the turn is over, nothing is in flight, or looking does not pay. */
   private look(): void {
     const begin = performance.now();
-    const isAlone = lastLooker === this;
-    lastLooker = this;
+    const isAlone = lastLooked === this.queue;
+    lastLooked = this.queue;
     if (this.asleep) this.wakeUp(begin);
     if (this.useful) {
       this.useful = false;
