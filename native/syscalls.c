@@ -3,19 +3,16 @@
  *
  * Every function takes descriptors, numbers and buffers, and returns a value or -errno. Arguments are checked by
  * src/sys; here a wrong one becomes -EBADF or -EINVAL. Nothing waits: sockets are called with MSG_DONTWAIT, reads
- * are made non-blocking by themselves (see drain). Two things have a life of their own: a mapping, which is the
- * memory of an ArrayBuffer, and a watcher, which is a libuv handle. Both end with their environment, so that worker
+ * are made non-blocking by themselves (see drain), and calls on files run on another thread when they are given a
+ * callback (see files.c). Three things have a life of their own: a mapping, which is the memory of an ArrayBuffer, a
+ * watcher, which is a libuv handle, and a call on another thread. All end with their environment, so that worker
  * threads can be terminated at any time.
  */
 #define _GNU_SOURCE
-#define NAPI_VERSION 8
-#include <node_api.h>
+#include "addon.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -53,17 +50,14 @@ extern void uv_close(void *handle, void (*callback)(void *handle));
 extern void uv_ref(void *handle);
 extern void uv_unref(void *handle);
 
-/* ---- arguments and results ---- */
-
-/* What a function of this file is: given its arguments (undefined where the caller left them out), it answers. */
-typedef napi_value (*function)(napi_env env, const napi_value *args);
+/* ---- calls from JavaScript ---- */
 
 struct named_function {
   const char *name;
   function call;
 };
 
-enum { MAX_ARGS = 6 };
+enum { MAX_ARGS = 7 };
 
 static napi_value dispatch(napi_env env, napi_callback_info info) {
   napi_value args[MAX_ARGS];
@@ -71,45 +65,6 @@ static napi_value dispatch(napi_env env, napi_callback_info info) {
   void *named;
   napi_get_cb_info(env, info, &count, args, NULL, &named);
   return ((const struct named_function *)named)->call(env, args);
-}
-
-/* A descriptor or small number; what is not a number becomes -1, which no system call takes for a descriptor. */
-static int to_int(napi_env env, napi_value value) {
-  int32_t number;
-  return napi_get_value_int32(env, value, &number) == napi_ok ? number : -1;
-}
-
-static int64_t to_long(napi_env env, napi_value value) {
-  int64_t number;
-  return napi_get_value_int64(env, value, &number) == napi_ok ? number : -1;
-}
-
-/* The bytes under a typed array of the given type; false when the value is something else. */
-static bool to_bytes(napi_env env, napi_value value, napi_typedarray_type type, void **data, size_t *count) {
-  napi_typedarray_type actual;
-  bool is_view;
-  return napi_is_typedarray(env, value, &is_view) == napi_ok && is_view &&
-         napi_get_typedarray_info(env, value, &actual, count, data, NULL, NULL) == napi_ok && actual == type;
-}
-
-/* A NUL-terminated string; -errno when it does not fit. */
-static int to_string(napi_env env, napi_value value, char *into, size_t size) {
-  size_t length;
-  if (napi_get_value_string_utf8(env, value, NULL, 0, &length) != napi_ok) return -EINVAL;
-  if (length >= size) return -ENAMETOOLONG;
-  napi_get_value_string_utf8(env, value, into, size, &length);
-  return 0;
-}
-
-static napi_value from_long(napi_env env, int64_t number) {
-  napi_value value = NULL;
-  napi_create_int64(env, number, &value);
-  return value;
-}
-
-/* A system call's result: its value, or -errno when it is -1. */
-static napi_value from_result(napi_env env, int64_t result) {
-  return from_long(env, result == -1 ? -errno : result);
 }
 
 /* ---- memory ---- */
@@ -130,15 +85,6 @@ static napi_value ftruncate_(napi_env env, const napi_value *args) {
 /* fcntl(fd, command, number): what the command returns */
 static napi_value fcntl_(napi_env env, const napi_value *args) {
   return from_result(env, fcntl(to_int(env, args[0]), to_int(env, args[1]), to_int(env, args[2])));
-}
-
-/* fallocate(fd, mode, offset, length): 0 */
-static napi_value fallocate_(napi_env env, const napi_value *args) {
-  int fd = to_int(env, args[0]), mode = to_int(env, args[1]), result;
-  int64_t offset = to_long(env, args[2]), length = to_long(env, args[3]);
-  do result = fallocate(fd, mode, offset, length);
-  while (result == -1 && errno == EINTR);
-  return from_result(env, result);
 }
 
 /* A mapping is the memory of one ArrayBuffer, and hangs on it by napi_wrap until munmap or the finalizer. */
@@ -568,7 +514,7 @@ static const struct named_function functions[] = {
     {"mmap", mmap_}, {"munmap", munmap_}, {"eventfd", eventfd_}, {"drain", drain_}, {"watch", watch_},
     {"watchRef", watch_ref_}, {"watchClose", watch_close_}, {"connect", connect_}, {"listen", listen_},
     {"accept", accept_}, {"socketpair", socketpair_}, {"sendmsg", sendmsg_}, {"recvmsg", recvmsg_}, {"close", close_},
-    {"ioctl", ioctl_},
+    {"ioctl", ioctl_}, {"preadv", preadv_}, {"pwritev", pwritev_},
 };
 
 static bool export_function(napi_env env, napi_value exports, const char *name, napi_callback callback,

@@ -1,14 +1,16 @@
-/** Builds native/syscalls.c into prebuilds/ with one call of the C compiler; says so in one sentence when it cannot. */
+/** Builds native/*.c into prebuilds/ with one call of the C compiler; says so in one sentence when it cannot. */
 
 import { spawnSync } from "node:child_process";
-import { existsSync, mkdirSync, realpathSync, renameSync, statSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, realpathSync, renameSync, statSync } from "node:fs";
 import { dirname, join, relative } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 
 const script = fileURLToPath(import.meta.url);
 const root = dirname(dirname(script));
-const source = join(root, "native", "syscalls.c");
+const folder = join(root, "native");
+const files = readdirSync(folder).map((name) => join(folder, name));
+const sources = files.filter((path) => path.endsWith(".c"));
 const flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"];
 
 /** Where the addon of this platform belongs; src/sys/native.ts looks there. */
@@ -34,7 +36,7 @@ export function compile(output, extraFlags = []) {
   // Built beside its place and renamed into it, so that a process that has the old one loaded keeps it whole.
   const temporary = `${output}.${process.pid}`;
   mkdirSync(dirname(output), { recursive: true });
-  const run = spawnSync(cc, [...ccFlags, ...flags, ...extraFlags, `-I${headers}`, "-o", temporary, source], {
+  const run = spawnSync(cc, [...ccFlags, ...flags, ...extraFlags, `-I${headers}`, "-o", temporary, ...sources], {
     encoding: "utf8",
   });
   if (run.error !== undefined) {
@@ -55,7 +57,7 @@ function unavailable(reason) {
 function isFresh(output) {
   if (!existsSync(output)) return false;
   const built = statSync(output).mtimeMs;
-  return built > statSync(source).mtimeMs && built > statSync(script).mtimeMs;
+  return [script, ...files].every((path) => built > statSync(path).mtimeMs);
 }
 
 function main() {

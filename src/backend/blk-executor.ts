@@ -14,6 +14,7 @@ import {
 import type { DescriptorChain } from "../virtqueue/device-chain.js";
 import type { DeviceMemory } from "../virtqueue/device-memory.js";
 import { type BlkDevice, MAX_SEGMENT_SECTORS, MAX_SEGMENTS } from "./blk-device.js";
+import { MemoryParts } from "./memory-parts.js";
 import type { BackendStats } from "./stats.js";
 import type { BlockStorage } from "./storage.js";
 
@@ -41,7 +42,7 @@ interface Answer {
   readonly statusAt: number;
 }
 
-type MemoryStorage = BlockStorage & Required<Pick<BlockStorage, "readInto" | "writeFrom">>;
+type PartsStorage = BlockStorage & Required<Pick<BlockStorage, "readInto" | "writeFrom">>;
 
 /**
  * The header may be cut into descriptors in any way, and so may the data; the status is the last byte that the device
@@ -56,7 +57,9 @@ export class BlkExecutor {
   private readonly stats: BackendStats;
   private readonly storage: BlockStorage;
   /** The storage again when it is asked without views; undefined otherwise. */
-  private readonly direct: MemoryStorage | undefined;
+  private readonly direct: PartsStorage | undefined;
+  /** Where the data of the request at hand are. */
+  private readonly parts = new MemoryParts();
   private readonly readOnly: boolean;
   private readonly sectors: number;
   private readonly header = new Uint8Array(BLK_HEADER_SIZE);
@@ -67,7 +70,7 @@ export class BlkExecutor {
     this.memory = memory;
     this.stats = stats;
     this.storage = device.storage;
-    this.direct = isMemory(device.storage) ? device.storage : undefined;
+    this.direct = takesParts(device.storage) ? device.storage : undefined;
     this.readOnly = device.storage.readOnly === true;
     this.sectors = device.sectors;
   }
@@ -79,6 +82,15 @@ export class BlkExecutor {
    */
   execute(chain: DescriptorChain, sink: CompletionSink): number {
     this.stats.requests++;
+    try {
+      return this.begin(chain, sink);
+    } catch (error) {
+      this.stats.failed(error);
+      return this.answer(chain, BlkStatus.IOERR);
+    }
+  }
+
+  private begin(chain: DescriptorChain, sink: CompletionSink): number {
     // Without a byte for the status nothing can be answered; the chain goes back as it came.
     if (chain.writableBytes < BLK_STATUS_SIZE) return 0;
     if (chain.readableBytes < BLK_HEADER_SIZE) return this.answer(chain, BlkStatus.IOERR);
@@ -100,7 +112,7 @@ export class BlkExecutor {
       case BlkRequestType.OUT:
         return this.write(chain, sector, sink);
       case BlkRequestType.FLUSH:
-        return this.later(chain, sink, BLK_STATUS_SIZE, () => this.storage.flush());
+        return this.finish(chain, sink, this.storage.flush(), BLK_STATUS_SIZE);
       case BlkRequestType.GET_ID:
         return this.getId(chain);
       case BlkRequestType.DISCARD:
@@ -118,57 +130,22 @@ export class BlkExecutor {
     const length = chain.writableBytes - BLK_STATUS_SIZE;
     if (!this.isInside(sector, length)) return this.answer(chain, BlkStatus.IOERR);
     this.stats.bytesRead += length;
-    const direct = this.direct;
-    if (direct === undefined) {
-      const views = this.views(chain, chain.readableCount, chain.count, 0, length);
-      return this.later(chain, sink, length + BLK_STATUS_SIZE, () =>
-        readAll(this.storage, sector * SECTOR_SIZE, views),
-      );
-    }
-    let disk = sector * SECTOR_SIZE;
-    let left = length;
-    try {
-      for (let i = chain.readableCount; left > 0; i++) {
-        const take = chain.length[i] < left ? chain.length[i] : left;
-        direct.readInto(disk, this.memory.bytes[chain.region[i]], chain.offset[i], take);
-        disk += take;
-        left -= take;
-      }
-    } catch (error) {
-      return this.failed(chain, error);
-    }
-    this.setStatus(chain, BlkStatus.OK);
-    return length + BLK_STATUS_SIZE;
+    const { parts, direct } = this;
+    this.find(chain, chain.readableCount, 0, length);
+    const offset = sector * SECTOR_SIZE;
+    const work = direct === undefined ? readAll(this.storage, offset, parts.views()) : direct.readInto(offset, parts);
+    return this.finish(chain, sink, work, length + BLK_STATUS_SIZE);
   }
 
   private write(chain: DescriptorChain, sector: number, sink: CompletionSink): number {
     const length = chain.readableBytes - BLK_HEADER_SIZE;
     if (this.readOnly || !this.isInside(sector, length)) return this.answer(chain, BlkStatus.IOERR);
     this.stats.bytesWritten += length;
-    const direct = this.direct;
-    if (direct === undefined || this.device.writeThrough) {
-      const views = this.views(chain, 0, chain.readableCount, BLK_HEADER_SIZE, length);
-      return this.later(chain, sink, BLK_STATUS_SIZE, () =>
-        this.stable(writeAll(this.storage, sector * SECTOR_SIZE, views)),
-      );
-    }
-    let disk = sector * SECTOR_SIZE;
-    let skip = BLK_HEADER_SIZE;
-    try {
-      for (let i = 0; i < chain.readableCount; i++) {
-        const size = chain.length[i];
-        if (skip >= size) {
-          skip -= size;
-          continue;
-        }
-        direct.writeFrom(disk, this.memory.bytes[chain.region[i]], chain.offset[i] + skip, size - skip);
-        disk += size - skip;
-        skip = 0;
-      }
-    } catch (error) {
-      return this.failed(chain, error);
-    }
-    return this.answer(chain, BlkStatus.OK);
+    const { parts, direct } = this;
+    this.find(chain, 0, BLK_HEADER_SIZE, length);
+    const offset = sector * SECTOR_SIZE;
+    const work = direct === undefined ? writeAll(this.storage, offset, parts.views()) : direct.writeFrom(offset, parts);
+    return this.finish(chain, sink, this.stable(work), BLK_STATUS_SIZE);
   }
 
   private getId(chain: DescriptorChain): number {
@@ -198,7 +175,7 @@ export class BlkExecutor {
         return this.answer(chain, BlkStatus.IOERR);
       }
     }
-    return this.later(chain, sink, BLK_STATUS_SIZE, () => this.stable(eachSegment(this.storage, feature, words)));
+    return this.finish(chain, sink, this.stable(eachSegment(this.storage, feature, words)), BLK_STATUS_SIZE);
   }
 
   /** In writethrough mode a write is finished when a flush after it is (5.2.6.2). */
@@ -207,30 +184,22 @@ export class BlkExecutor {
     return written === undefined ? this.storage.flush() : written.then(() => this.storage.flush());
   }
 
-  /** Run `work`, and answer now or when its promise settles. */
-  private later(
-    chain: DescriptorChain,
-    sink: CompletionSink,
-    written: number,
-    work: () => void | Promise<void>,
-  ): number {
-    let promise: void | Promise<void>;
-    try {
-      promise = work();
-    } catch (error) {
-      return this.failed(chain, error);
-    }
-    if (promise === undefined) {
+  /**
+   * Answer now, or when `work` settles. The chain is used for the next request meanwhile: what is needed of it is kept
+   * here.
+   */
+  private finish(chain: DescriptorChain, sink: CompletionSink, work: void | Promise<void>, expected: number): number {
+    const written = chain.writableBytes === expected ? expected : 0;
+    if (work === undefined) {
       this.setStatus(chain, BlkStatus.OK);
-      return chain.writableBytes === written ? written : 0;
+      return written;
     }
-    // The chain is used for the next request meanwhile: what is needed of it is kept here.
     const last = chain.count - 1;
     sink.begin();
-    void this.answerLater(promise, sink, {
+    void this.answerLater(work, sink, {
       id: chain.id,
       ringCount: chain.ringCount,
-      written: chain.writableBytes === written ? written : 0,
+      written,
       writtenByFailure: chain.writableBytes === BLK_STATUS_SIZE ? BLK_STATUS_SIZE : 0,
       memory: this.memory.bytes[chain.region[last]],
       statusAt: chain.offset[last] + chain.length[last] - 1,
@@ -252,43 +221,30 @@ export class BlkExecutor {
     sink.complete(id, ringCount, answer.written);
   }
 
-  /** Views of `length` bytes of elements from byte `skip` on; elements that touch become one. */
-  private views(chain: DescriptorChain, from: number, to: number, skip: number, length: number): Uint8Array[] {
-    const views: Uint8Array[] = [];
-    let left = length;
+  /** Put `length` bytes of the elements from `first` on into `parts`, without the first `skip`. */
+  private find(chain: DescriptorChain, first: number, skip: number, length: number): void {
+    const { parts } = this;
+    const { bytes } = this.memory;
+    let i = first;
     let lead = skip;
-    let region = -1;
-    let start = 0;
-    let end = 0;
-    for (let i = from; i < to && left > 0; i++) {
-      const size = chain.length[i];
-      if (lead >= size) {
-        lead -= size;
-        continue;
-      }
-      const take = Math.min(size - lead, left);
-      const at = chain.offset[i] + lead;
-      if (chain.region[i] !== region || at !== end) {
-        if (region >= 0) views.push(this.memory.bytes[region].subarray(start, end));
-        region = chain.region[i];
-        start = at;
-      }
-      end = at + take;
+    for (; lead > 0 && lead >= chain.length[i]; i++) lead -= chain.length[i];
+    if (lead === 0 && length > 0 && length <= chain.length[i]) {
+      parts.only(bytes[chain.region[i]], chain.offset[i], length);
+      return;
+    }
+    parts.clear();
+    for (let left = length; left > 0; i++) {
+      const rest = chain.length[i] - lead;
+      const take = rest < left ? rest : left;
+      parts.add(bytes[chain.region[i]], chain.offset[i] + lead, take);
       left -= take;
       lead = 0;
     }
-    if (region >= 0) views.push(this.memory.bytes[region].subarray(start, end));
-    return views;
   }
 
   /** Whether the range begins and ends inside the disk, in whole sectors. No sum here can overflow a double. */
   private isInside(sector: number, length: number): boolean {
     return (length & SECTOR_MASK) === 0 && sector + length / SECTOR_SIZE <= this.sectors;
-  }
-
-  private failed(chain: DescriptorChain, error: unknown): number {
-    this.stats.failed(error);
-    return this.answer(chain, BlkStatus.IOERR);
   }
 
   /** Write the status of a request that writes nothing else. */
@@ -303,7 +259,7 @@ export class BlkExecutor {
   }
 }
 
-function isMemory(storage: BlockStorage): storage is MemoryStorage {
+function takesParts(storage: BlockStorage): storage is PartsStorage {
   return storage.readInto !== undefined && storage.writeFrom !== undefined;
 }
 

@@ -1,20 +1,12 @@
-/** A virtual disk in a raw image file or on a block device, with positional reads and writes off the event loop. */
+/** A virtual disk in a raw image file or on a block device, which never holds up the event loop for the disk. */
 
-import {
-  close,
-  closeSync,
-  constants,
-  fdatasync,
-  fstatSync,
-  openSync,
-  read as readFile,
-  type Stats,
-  write as writeFile,
-} from "node:fs";
+import { close, closeSync, constants, fdatasync, fstatSync, openSync, type Stats, statfsSync } from "node:fs";
 import { constants as osConstants } from "node:os";
 import { checkOptions, VirtioError } from "../errors.js";
 import { SECTOR_SIZE } from "../protocol/blk.js";
-import { fallocate, ioctl } from "../sys/index.js";
+import { fallocateLater, ioctl } from "../sys/index.js";
+import { FileTransfer, READ, WRITE } from "./file-transfer.js";
+import { MemoryParts } from "./memory-parts.js";
 import type { BlockStorage } from "./storage.js";
 
 const { EACCES, EPERM, EROFS, ENOENT, ENODEV, ENOSYS, ENOTTY, EINVAL, EOPNOTSUPP } = osConstants.errno;
@@ -22,8 +14,11 @@ const { EACCES, EPERM, EROFS, ENOENT, ENODEV, ENOSYS, ENOTTY, EINVAL, EOPNOTSUPP
 /** BLKGETSIZE64 of linux/fs.h: the size of a block device in bytes, as u64. */
 const BLKGETSIZE64 = 0x8008_1272;
 
-/** Zeroes that are written at a time where the file system cannot make them itself. */
-const ZERO_BYTES = 1024 * 1024;
+/** What is written again and again where the file system cannot make zeroes itself. */
+const ZEROES = new Uint8Array(64 * 1024);
+
+/** File systems that live in memory (linux/magic.h): tmpfs, ramfs, hugetlbfs. */
+const IN_MEMORY: ReadonlySet<number> = new Set([0x0102_1994, 0x8584_58f6, 0x9584_58f6]);
 
 const ADVICE: ReadonlyMap<number, string> = new Map([
   [ENOENT, "there is no such file; make one with `truncate -s 1G FILE`, or check the path"],
@@ -35,8 +30,10 @@ const ADVICE: ReadonlyMap<number, string> = new Map([
 /**
  * A disk in a raw image file, or on a block device. Discarded ranges become holes where the file system can make them.
  *
- * Reads and writes run on the threads of libuv, so a slow one does not hold up others: four at a time, unless the
- * environment variable UV_THREADPOOL_SIZE says more, which pays for slow disks and costs for cached files.
+ * What the page cache holds is read at once, straight into the driver's memory, and so are writes where the file
+ * system can promise not to wait. The rest, and flush, discard and write-zeroes, run on the threads of libuv, so a slow
+ * request does not hold up others: four at a time, unless the environment variable UV_THREADPOOL_SIZE says more, which
+ * pays for disks with deep queues.
  *
  * @example
  * ```ts
@@ -65,12 +62,18 @@ export class FileStorage implements BlockStorage {
   readonly path: string;
 
   #fd: number;
+  /** What other threads do with the descriptor: closed under their hands, its number could mean another file. */
+  readonly #pending = new Set<Promise<unknown>>();
+  readonly #reads: FileTransfer;
+  readonly #writes: FileTransfer;
 
-  private constructor(path: string, fd: number, capacity: number, readOnly: boolean) {
+  private constructor(path: string, fd: number, capacity: number, options: { readOnly: boolean; inMemory: boolean }) {
     this.path = path;
     this.#fd = fd;
     this.capacity = capacity;
-    this.readOnly = readOnly;
+    this.readOnly = options.readOnly;
+    this.#reads = new FileTransfer(READ, path, options.inMemory);
+    this.#writes = new FileTransfer(WRITE, path, options.inMemory);
   }
 
   /**
@@ -91,7 +94,8 @@ export class FileStorage implements BlockStorage {
       throw openError(path, error);
     }
     try {
-      const capacity = sizeOf(path, fd, fstatSync(fd));
+      const stats = fstatSync(fd);
+      const capacity = sizeOf(path, fd, stats);
       if (capacity === 0) throw refused(path, "it is empty; give it a size with `truncate -s 1G FILE`");
       if (capacity % SECTOR_SIZE !== 0) {
         const fit = Math.ceil(capacity / SECTOR_SIZE) * SECTOR_SIZE;
@@ -100,7 +104,9 @@ export class FileStorage implements BlockStorage {
           `its size of ${capacity} bytes is no multiple of ${SECTOR_SIZE}; pad it with \`truncate -s ${fit} FILE\``,
         );
       }
-      return new FileStorage(path, fd, capacity, readOnly);
+      // A block device is not where its name is: /dev is in memory, too.
+      const inMemory = stats.isFile() && IN_MEMORY.has(statfsSync(`/proc/self/fd/${fd}`).type);
+      return new FileStorage(path, fd, capacity, { readOnly, inMemory });
     } catch (error) {
       closeSync(fd);
       throw error;
@@ -108,50 +114,77 @@ export class FileStorage implements BlockStorage {
   }
 
   async read(offset: number, into: Uint8Array): Promise<void> {
-    for (let done = 0; done < into.length; ) {
-      const count = await readAt(this.#open(), into, done, offset + done);
-      if (count === 0) throw refused(this.path, `it ends at ${offset + done}, before its ${this.capacity} bytes do`);
-      done += count;
-    }
+    await this.readInto(offset, partsOf(into));
   }
 
   async write(offset: number, from: Uint8Array): Promise<void> {
-    for (let done = 0; done < from.length; ) {
-      const count = await writeAt(this.#open(), from, done, offset + done);
-      if (count === 0) throw refused(this.path, `nothing can be written at ${offset + done}`);
-      done += count;
-    }
+    await this.writeFrom(offset, partsOf(from));
+  }
+
+  readInto(offset: number, into: MemoryParts): void | Promise<void> {
+    const work = this.#reads.run(this.#open(), offset, into);
+    return work === undefined ? undefined : this.#untilDone(work);
+  }
+
+  writeFrom(offset: number, from: MemoryParts): void | Promise<void> {
+    const work = this.#writes.run(this.#open(), offset, from);
+    return work === undefined ? undefined : this.#untilDone(work);
   }
 
   flush(): Promise<void> {
     const fd = this.#open();
-    return new Promise((resolve, reject) => {
-      fdatasync(fd, (error) => (error === null ? resolve() : reject(error)));
-    });
+    return this.#untilDone(
+      new Promise<void>((resolve, reject) => {
+        fdatasync(fd, (error) => (error === null ? resolve() : reject(error)));
+      }),
+    );
   }
 
   /** Punch a hole. Where the file system cannot, the range stays as it is, which DISCARD allows. */
-  discard(offset: number, length: number): void {
-    allocate(this.#open(), "punchHole", offset, length);
+  async discard(offset: number, length: number): Promise<void> {
+    await this.#allocate("punchHole", offset, length);
   }
 
   async writeZeroes(offset: number, length: number, mayUnmap: boolean): Promise<void> {
-    if (mayUnmap && allocate(this.#open(), "punchHole", offset, length)) return;
-    if (allocate(this.#open(), "zeroRange", offset, length)) return;
-    const zeroes = new Uint8Array(Math.min(ZERO_BYTES, length));
-    for (let done = 0; done < length; done += zeroes.length) {
-      await this.write(offset + done, zeroes.subarray(0, Math.min(zeroes.length, length - done)));
+    if (mayUnmap && (await this.#allocate("punchHole", offset, length))) return;
+    if (await this.#allocate("zeroRange", offset, length)) return;
+    const zeroes = new MemoryParts();
+    for (let left = length; left > 0; left -= ZEROES.length) zeroes.add(ZEROES, 0, Math.min(ZEROES.length, left));
+    await this.writeFrom(offset, zeroes);
+  }
+
+  /** Close the file when nothing is done with it any more. Idempotent. */
+  async close(): Promise<void> {
+    const fd = this.#fd;
+    if (fd < 0) return;
+    this.#fd = -1;
+    await Promise.allSettled(this.#pending);
+    await new Promise<void>((resolve, reject) => {
+      close(fd, (error) => (error === null || error === undefined ? resolve() : reject(error)));
+    });
+  }
+
+  /** Whether the file system or device can do it, and for this range; rejects with any other failure. */
+  async #allocate(mode: "punchHole" | "zeroRange", offset: number, length: number): Promise<boolean> {
+    const fd = this.#open();
+    if (length === 0) return true;
+    try {
+      await this.#untilDone(fallocateLater(fd, mode, offset, length));
+      return true;
+    } catch (error) {
+      const cannot: readonly (number | undefined)[] = [EOPNOTSUPP, ENOSYS, ENODEV, ENOTTY, EINVAL];
+      if (error instanceof VirtioError && cannot.includes(error.errno)) return false;
+      throw error;
     }
   }
 
-  /** Close the file. Idempotent. */
-  close(): Promise<void> {
-    const fd = this.#fd;
-    if (fd < 0) return Promise.resolve();
-    this.#fd = -1;
-    return new Promise((resolve, reject) => {
-      close(fd, (error) => (error === null || error === undefined ? resolve() : reject(error)));
-    });
+  async #untilDone<T>(work: Promise<T>): Promise<T> {
+    this.#pending.add(work);
+    try {
+      return await work;
+    } finally {
+      this.#pending.delete(work);
+    }
   }
 
   #open(): number {
@@ -160,17 +193,10 @@ export class FileStorage implements BlockStorage {
   }
 }
 
-/** Whether the file system or device can do it, and for this range; any other failure is thrown. */
-function allocate(fd: number, mode: "punchHole" | "zeroRange", offset: number, length: number): boolean {
-  if (length === 0) return true;
-  try {
-    fallocate(fd, mode, offset, length);
-    return true;
-  } catch (error) {
-    const cannot: readonly (number | undefined)[] = [EOPNOTSUPP, ENOSYS, ENODEV, ENOTTY, EINVAL];
-    if (error instanceof VirtioError && cannot.includes(error.errno)) return false;
-    throw error;
-  }
+function partsOf(bytes: Uint8Array): MemoryParts {
+  const parts = new MemoryParts();
+  parts.only(bytes, 0, bytes.length);
+  return parts;
 }
 
 function sizeOf(path: string, fd: number, stats: Stats): number {
@@ -181,22 +207,6 @@ function sizeOf(path: string, fd: number, stats: Stats): number {
     return Number(new DataView(size.buffer).getBigUint64(0, true));
   }
   throw refused(path, "it is no file and no block device; name a raw disk image");
-}
-
-function readAt(fd: number, into: Uint8Array, at: number, offset: number): Promise<number> {
-  return new Promise((resolve, reject) => {
-    readFile(fd, into, at, into.length - at, offset, (error, count) =>
-      error === null ? resolve(count) : reject(error),
-    );
-  });
-}
-
-function writeAt(fd: number, from: Uint8Array, at: number, offset: number): Promise<number> {
-  return new Promise((resolve, reject) => {
-    writeFile(fd, from, at, from.length - at, offset, (error, count) =>
-      error === null ? resolve(count) : reject(error),
-    );
-  });
 }
 
 function openError(path: string, error: unknown): VirtioError {

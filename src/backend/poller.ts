@@ -5,11 +5,11 @@ export interface Pollable {
   /** Whether requests of it are being worked on that finish later. */
   readonly busy: boolean;
   /**
-   * Take and carry out up to `limit` requests.
+   * Take and carry out some requests, and publish the answers.
    *
    * @returns how many.
    */
-  process(limit: number): number;
+  process(): number;
   /** Have the driver not notify. */
   disarm(): void;
   /**
@@ -20,15 +20,10 @@ export interface Pollable {
   arm(): boolean;
 }
 
-/**
- * Requests of one ring before its answers are published and the next ring has its turn. Small, so that the driver
- * works on the first answers of a burst while this side works on the rest.
- */
-const BATCH = 16;
 /** Milliseconds of work before the event loop has its turn. */
 const SLICE = 0.5;
-/** Rounds without a request before the event loop has its turn: about 1 µs. */
-const EMPTY_ROUNDS = 48;
+/** Rounds without a request between two looks at the clock: about 1 µs. */
+const ROUNDS_PER_LOOK = 48;
 /** Longest time without a request, in milliseconds, before rings go to sleep. */
 const MAX_WINDOW = 0.2;
 const MIN_WINDOW = 0.02;
@@ -36,8 +31,9 @@ const MIN_WINDOW = 0.02;
 /**
  * A notification costs the driver a system call and this side a wake-up of some 10 µs, so it pays to look for more
  * work for a while. How long adapts as in the kernel's halt polling: a notification soon after going to sleep
- * doubles the time, one long after halves it. The event loop has its turn after every {@link SLICE}, so messages and the
- * completions of slow storages are not held up.
+ * doubles the time, one long after halves it. The event loop has its turn after every {@link SLICE}, so messages are
+ * not held up. While requests wait for other threads, nothing is looked for without finding it: those threads may
+ * need this processor, and the end of such a request wakes the ring.
  */
 export class Poller {
   private readonly active: Pollable[] = [];
@@ -46,16 +42,20 @@ export class Poller {
   private lastWork = 0;
   private asleepSince = 0;
 
+  /** The driver has sent a notification: look at a ring now and for a while. */
+  notified(ring: Pollable): void {
+    if (this.active.length === 0) {
+      const soon = performance.now() - this.asleepSince < MAX_WINDOW;
+      this.window = soon ? Math.min(MAX_WINDOW, this.window * 2) : Math.max(MIN_WINDOW, this.window / 2);
+    }
+    this.wake(ring);
+  }
+
   /** Look at a ring now and for a while. */
   wake(ring: Pollable): void {
     if (this.active.includes(ring)) return;
-    const now = performance.now();
-    if (this.active.length === 0) {
-      const soon = now - this.asleepSince < MAX_WINDOW;
-      this.window = soon ? Math.min(MAX_WINDOW, this.window * 2) : Math.max(MIN_WINDOW, this.window / 2);
-    }
     this.active.push(ring);
-    this.lastWork = now;
+    this.lastWork = performance.now();
     ring.disarm();
     this.immediate ??= setImmediate(this.turn);
   }
@@ -74,23 +74,27 @@ export class Poller {
     this.immediate = undefined;
     let now = performance.now();
     const end = now + SLICE;
-    let busy = false;
-    for (let empty = 0; empty < EMPTY_ROUNDS && now < end && !busy; ) {
-      let found = 0;
+    let found = 0;
+    let waits = false;
+    let empty = 0;
+    do {
+      found = 0;
       for (let i = 0; i < this.active.length; i++) {
         const ring = this.active[i];
-        found += ring.process(BATCH);
-        if (ring.busy) busy = true;
+        found += ring.process();
+        if (ring.busy) waits = true;
       }
       if (found > 0) {
         now = performance.now();
         this.lastWork = now;
         empty = 0;
-      } else {
-        empty++;
+      } else if (++empty === ROUNDS_PER_LOOK) {
+        now = performance.now();
+        if (now - this.lastWork > this.window) break;
+        empty = 0;
       }
-    }
-    if (now - this.lastWork > this.window) this.sleep(now);
+    } while (now < end && !waits);
+    if (found === 0 && (waits || now - this.lastWork > this.window)) this.sleep(now);
     if (this.active.length > 0) this.immediate ??= setImmediate(this.turn);
   };
 

@@ -25,7 +25,7 @@ import { Connection, type Message } from "./connection.js";
 import { MemoryTable } from "./memory-table.js";
 import { Poller } from "./poller.js";
 import type { BackendStats } from "./stats.js";
-import { type RingContext, Vring } from "./vring.js";
+import { type RingContext, Vring, type VringEvents } from "./vring.js";
 
 const PROTOCOL_FEATURES =
   VhostUserProtocolFeature.MQ |
@@ -80,7 +80,7 @@ export interface SessionOptions {
  * One front-end, from its connection to its end. Messages are checked completely before anything is changed: a bad
  * one is answered with a non-zero acknowledgement when one was asked for, and otherwise ends the connection.
  */
-export class Session {
+export class Session implements VringEvents {
   /** Resolves when the connection has ended, nothing is in flight, and everything is released. */
   readonly closed: Promise<void>;
 
@@ -103,7 +103,7 @@ export class Session {
     this.stats = stats;
     this.sealedMemory = options.sealedMemory;
     this.device.negotiate(0n);
-    this.rings = Array.from({ length: queues }, (_, i) => new Vring(i, stats, (ring) => this.wake(ring)));
+    this.rings = Array.from({ length: queues }, (_, i) => new Vring(i, stats, this));
     this.context = this.contextOf(new MemoryTable(this.sealedMemory));
     let ended: (error: unknown) => void = () => undefined;
     const end = new Promise<unknown>((resolve) => {
@@ -370,10 +370,22 @@ export class Session {
     return vringStateCodec.encode({ index, num });
   }
 
+  notified(ring: Vring): void {
+    if (this.mayRun(ring)) this.poller.notified(ring);
+  }
+
+  answered(ring: Vring): void {
+    this.wake(ring);
+  }
+
   /** Have a ring looked at, when it may run now. */
   private wake(ring: Vring): void {
+    if (this.mayRun(ring)) this.poller.wake(ring);
+  }
+
+  private mayRun(ring: Vring): boolean {
     const ready = !this.has(VhostUserProtocolFeature.STATUS) || (this.status & STATUS_DRIVER_OK) !== 0;
-    if (ready && ring.runnable && !this.held.has(ring)) this.poller.wake(ring);
+    return ready && ring.runnable && !this.held.has(ring);
   }
 
   /** Take nothing more from `rings`, and wait until nothing of them is in flight. */

@@ -2,7 +2,8 @@
 
 import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../errors.js";
 import { SECTOR_SIZE } from "../protocol/blk.js";
-import { closeFd, createMemfd, fallocate, mapShared, unmapShared } from "../sys/index.js";
+import { closeFd, createMemfd, fallocate, fallocateLater, mapShared, unmapShared } from "../sys/index.js";
+import type { MemoryParts } from "./memory-parts.js";
 
 /**
  * The bytes of a virtual disk. Implement it and hand it to `VhostUserBackend.listen`.
@@ -45,12 +46,13 @@ export interface BlockStorage {
   /** Destroy a range beyond recovery; it reads as zeroes or anything. Without it the request is not offered. */
   secureErase?(offset: number, length: number): void | Promise<void>;
   /**
-   * As `read`, and at once, into `length` bytes of `memory` from `at` on. A storage that has both this and
-   * `writeFrom` is asked so instead: it spares a view per request.
+   * As `read`, into all parts of the driver's memory, one after the other. A storage that has both this and
+   * `writeFrom` is asked so instead: it spares views, and can transfer a request in one go. The parts are used for
+   * the next request when the call has returned; one that finishes later keeps `into.rest(0)`.
    */
-  readInto?(offset: number, memory: Uint8Array, at: number, length: number): void;
-  /** As `write`, and at once, from `length` bytes of `memory` from `at` on. */
-  writeFrom?(offset: number, memory: Uint8Array, at: number, length: number): void;
+  readInto?(offset: number, into: MemoryParts): void | Promise<void>;
+  /** As `write`, from all parts of the driver's memory; see `readInto`. */
+  writeFrom?(offset: number, from: MemoryParts): void | Promise<void>;
   /** Release what the storage holds. Called once, after the last request and a flush. */
   close?(): void | Promise<void>;
 }
@@ -64,6 +66,8 @@ interface Window {
 /** Bytes of memory that are mapped at a time, when first used. */
 const WINDOW_BYTES = 2 ** 30;
 const PAGE_BYTES = 4096;
+/** Bytes that are zeroed at once at most, which takes up to 0.2 ms. Another thread zeroes larger ranges. */
+const MAX_ZERO_AT_ONCE = 2 ** 20;
 
 /** The largest size of {@link RamStorage}: that of the largest memory file. */
 const MAX_RAM_BYTES = 2 ** 46;
@@ -89,7 +93,7 @@ export class RamStorage implements BlockStorage {
 
   readonly #windows: (Window | undefined)[];
   #fd: number;
-  /** The memory of the last `writeFrom` and its buffer: asking a view for its buffer is slow. */
+  /** The memory of the last write and its buffer: asking a view for its buffer is slow. */
   #source: Uint8Array = new Uint8Array(0);
   #sourceBuffer: ArrayBufferLike = this.#source.buffer;
 
@@ -102,34 +106,54 @@ export class RamStorage implements BlockStorage {
   }
 
   read(offset: number, into: Uint8Array): void {
-    this.readInto(offset, into, 0, into.length);
+    this.#copyOut(offset, into, 0, into.length);
   }
 
   write(offset: number, from: Uint8Array): void {
-    this.writeFrom(offset, from, 0, from.length);
+    this.#copyIn(offset, from, 0, from.length);
   }
 
-  readInto(offset: number, memory: Uint8Array, at: number, length: number): void {
+  readInto(offset: number, into: MemoryParts): void {
+    const { memory, places } = into;
+    for (let i = 0, at = offset; i < into.count; i++) {
+      const length = places[2 * i + 1];
+      this.#copyOut(at, memory[i], places[2 * i], length);
+      at += length;
+    }
+  }
+
+  writeFrom(offset: number, from: MemoryParts): void {
+    const { memory, places } = from;
+    for (let i = 0, at = offset; i < from.count; i++) {
+      const length = places[2 * i + 1];
+      this.#copyIn(at, memory[i], places[2 * i], length);
+      at += length;
+    }
+  }
+
+  #copyOut(offset: number, memory: Uint8Array, at: number, length: number): void {
     for (let done = 0; done < length; ) {
-      const window = this.#window(offset + done);
-      const start = (offset + done) % WINDOW_BYTES;
+      const index = Math.floor((offset + done) / WINDOW_BYTES);
+      const window = this.#windows[index] ?? this.#map(index);
+      const start = offset + done - index * WINDOW_BYTES;
       const take = Math.min(length - done, WINDOW_BYTES - start);
-      memory.set(new Uint8Array(window.buffer, start, take), at + done);
+      memory.set(new Uint8Array(window.buffer, start | 0, take | 0), at + done);
       done += take;
     }
   }
 
-  writeFrom(offset: number, memory: Uint8Array, at: number, length: number): void {
+  #copyIn(offset: number, memory: Uint8Array, at: number, length: number): void {
     if (memory !== this.#source) {
       this.#source = memory;
       this.#sourceBuffer = memory.buffer;
     }
     const from = memory.byteOffset + at;
     for (let done = 0; done < length; ) {
-      const window = this.#window(offset + done);
-      const start = (offset + done) % WINDOW_BYTES;
+      const index = Math.floor((offset + done) / WINDOW_BYTES);
+      const window = this.#windows[index] ?? this.#map(index);
+      const start = offset + done - index * WINDOW_BYTES;
       const take = Math.min(length - done, WINDOW_BYTES - start);
-      window.bytes.set(new Uint8Array(this.#sourceBuffer, from + done, take), start);
+      window.bytes.set(new Uint8Array(this.#sourceBuffer, from + done, take | 0), start | 0);
       done += take;
     }
   }
@@ -139,17 +163,17 @@ export class RamStorage implements BlockStorage {
     // Memory has no cache in front of it.
   }
 
-  discard(offset: number, length: number): void {
-    this.#zero(offset, length);
+  discard(offset: number, length: number): void | Promise<void> {
+    return this.#zero(offset, length);
   }
 
-  writeZeroes(offset: number, length: number): void {
-    this.#zero(offset, length);
+  writeZeroes(offset: number, length: number): void | Promise<void> {
+    return this.#zero(offset, length);
   }
 
   /** The pages go back to the kernel, which clears them before anyone sees them. */
-  secureErase(offset: number, length: number): void {
-    this.#zero(offset, length);
+  secureErase(offset: number, length: number): void | Promise<void> {
+    return this.#zero(offset, length);
   }
 
   /** Give all memory back. Idempotent. */
@@ -163,11 +187,6 @@ export class RamStorage implements BlockStorage {
     this.#sourceBuffer = this.#source.buffer;
   }
 
-  #window(offset: number): Window {
-    const index = Math.floor(offset / WINDOW_BYTES);
-    return this.#windows[index] ?? this.#map(index);
-  }
-
   #map(index: number): Window {
     const start = index * WINDOW_BYTES;
     if (this.#fd < 0) throw new VirtioError("ERR_VIRTIO_CLOSED", "the memory disk is closed; make a new one");
@@ -179,11 +198,12 @@ export class RamStorage implements BlockStorage {
     return window;
   }
 
-  /** The kernel clears partial pages at both ends and frees the whole ones between. */
-  #zero(offset: number, length: number): void {
-    if (length === 0) return;
+  /** The kernel clears partial pages at both ends and frees the whole ones between: many take their time. */
+  #zero(offset: number, length: number): void | Promise<void> {
+    if (length === 0) return undefined;
     if (this.#fd < 0) throw new VirtioError("ERR_VIRTIO_CLOSED", "the memory disk is closed; make a new one");
-    fallocate(this.#fd, "punchHole", offset, length);
+    if (length > MAX_ZERO_AT_ONCE) return fallocateLater(this.#fd, "punchHole", offset, length);
+    return fallocate(this.#fd, "punchHole", offset, length);
   }
 }
 

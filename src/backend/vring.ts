@@ -23,6 +23,20 @@ export interface RingContext {
   readonly features: bigint;
 }
 
+/** What a ring tells the session. */
+export interface VringEvents {
+  /** The driver has sent a notification. */
+  notified(ring: Vring): void;
+  /** Requests that took their time have been answered: the driver may soon have more. */
+  answered(ring: Vring): void;
+}
+
+/** Requests, and bytes of data, before the answers are published and the next ring has its turn. */
+const MAX_BATCH = 16;
+const BATCH_BYTES = 64 * 1024;
+/** How fast a depth that is not reached any more is forgotten, from batch to batch. */
+const DEPTH_DECAY = 15 / 16;
+
 /**
  * Started and enabled are independent: a ring starts with `SET_VRING_KICK` and stops with `GET_VRING_BASE`;
  * `SET_VRING_ENABLE` only opens the gate. Requests on a ring that is started but disabled stay where they are until
@@ -35,7 +49,7 @@ export class Vring implements Pollable, CompletionSink {
   enabled = false;
 
   private readonly stats: BackendStats;
-  private readonly onKick: (ring: Vring) => void;
+  private readonly events: VringEvents;
   private size = 0;
   private base: number | undefined;
   private address: VringAddress | undefined;
@@ -48,15 +62,17 @@ export class Vring implements Pollable, CompletionSink {
   private executor: BlkExecutor | undefined;
   private broken = false;
   private inFlight = 0;
+  /** Requests that the driver seems to keep in flight. */
+  private depth = 2 * MAX_BATCH;
   private publishing: NodeJS.Immediate | undefined;
   private readonly onDrained: (() => void)[] = [];
   /** The mapping each area lies in, while it is started. */
   private buffers: readonly ArrayBuffer[] = [];
 
-  constructor(index: number, stats: BackendStats, onKick: (ring: Vring) => void) {
+  constructor(index: number, stats: BackendStats, events: VringEvents) {
     this.index = index;
     this.stats = stats;
-    this.onKick = onKick;
+    this.events = events;
   }
 
   /** Whether it was started and not stopped. */
@@ -106,7 +122,7 @@ export class Vring implements Pollable, CompletionSink {
     const event = eventFrom(fd);
     try {
       if (this.queue === undefined) this.build(context, this.base);
-      const watcher = new FdWatcher(event.fd, { drain: true }, () => this.onKick(this));
+      const watcher = new FdWatcher(event.fd, { drain: true }, () => this.events.notified(this));
       this.closeKick();
       this.kick = { event, watcher };
     } catch (error) {
@@ -192,12 +208,18 @@ export class Vring implements Pollable, CompletionSink {
     });
   }
 
-  process(limit: number): number {
-    const { queue, executor, chain } = this;
+  /**
+   * Answers are published when half of what the driver keeps in flight is done: so it works on one half while this
+   * side works on the other, and neither waits.
+   */
+  process(): number {
+    const { queue, executor, chain, stats } = this;
     if (queue === undefined || executor === undefined || !this.runnable) return 0;
+    const limit = Math.min(MAX_BATCH, Math.ceil(this.depth / 2));
+    const bytes = stats.bytesRead + stats.bytesWritten + BATCH_BYTES;
     let count = 0;
     try {
-      while (count < limit && queue.pop(chain)) {
+      while (count < limit && stats.bytesRead + stats.bytesWritten < bytes && queue.pop(chain)) {
         count++;
         const written = executor.execute(chain, this);
         if (written >= 0) queue.push(chain.id, chain.ringCount, written);
@@ -205,8 +227,18 @@ export class Vring implements Pollable, CompletionSink {
     } catch (error) {
       this.breakDown(error);
     }
-    if (count > 0) this.publish();
+    if (count > 0) {
+      this.publish();
+      this.adapt(count, queue);
+    }
     return count;
+  }
+
+  private adapt(count: number, queue: DeviceVirtqueue): void {
+    // With a full batch and more to do, the driver is far enough ahead.
+    if (count === MAX_BATCH && queue.backlog(1) > 0) return;
+    const held = count + this.inFlight + queue.backlog(2 * MAX_BATCH - count);
+    this.depth = Math.max(held, this.depth * DEPTH_DECAY);
   }
 
   disarm(): void {
@@ -214,7 +246,7 @@ export class Vring implements Pollable, CompletionSink {
   }
 
   arm(): boolean {
-    return this.queue !== undefined && !this.broken && this.queue.enableNotifications();
+    return this.queue !== undefined && this.runnable && this.queue.enableNotifications();
   }
 
   begin(): void {
@@ -230,7 +262,10 @@ export class Vring implements Pollable, CompletionSink {
       for (const resolve of this.onDrained.splice(0)) resolve();
       return;
     }
-    this.publishing ??= setImmediate(() => this.publish());
+    this.publishing ??= setImmediate(() => {
+      this.publish();
+      this.events.answered(this);
+    });
   }
 
   private publish(): void {

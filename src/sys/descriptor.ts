@@ -63,23 +63,3 @@ export function ioctl(fd: number, request: number, argument: number | Uint8Array
   if (result < 0) throw systemError(result, "ioctl", `request 0x${request.toString(16)} on descriptor ${fd}`);
   return result;
 }
-
-/** FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE; FALLOC_FL_KEEP_SIZE | FALLOC_FL_ZERO_RANGE; plain (linux/falloc.h). */
-const FALLOCATE_MODES = { punchHole: 0x01 | 0x02, zeroRange: 0x01 | 0x10, allocate: 0 } as const;
-
-/**
- * Change how a range of a file is stored: give its blocks back and read zeroes (`punchHole`), read zeroes and
- * keep the blocks (`zeroRange`), or make sure that there are blocks (`allocate`, which grows the file).
- *
- * @throws VirtioError ERR_VIRTIO_SYSCALL; errno EOPNOTSUPP when the file system cannot.
- */
-export function fallocate(fd: number, mode: keyof typeof FALLOCATE_MODES, offset: number, length: number): void {
-  checkFd("fd", fd);
-  if (!Object.hasOwn(FALLOCATE_MODES, mode)) throw rangeError("mode", "punchHole, zeroRange or allocate", mode);
-  checkInteger("offset", offset, 0);
-  checkInteger("length", length, 1);
-  const result = native().fallocate(fd, FALLOCATE_MODES[mode], offset, length);
-  if (result < 0) {
-    throw systemError(result, "fallocate", `${mode} of ${length} bytes at ${offset} of descriptor ${fd}`);
-  }
-}

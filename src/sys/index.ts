@@ -1,8 +1,18 @@
 /** What the kernel offers and Node.js does not: shared memory, event descriptors, descriptors over sockets. */
 
-export { closeFd, duplicateFd, fallocate, ioctl } from "./descriptor.js";
-export { errnoName } from "./errno.js";
+export { closeFd, duplicateFd, ioctl } from "./descriptor.js";
+export { errnoName, systemError } from "./errno.js";
 export { EventFd } from "./eventfd.js";
+export {
+  fallocate,
+  fallocateLater,
+  MAX_PARTS,
+  RWF_NOWAIT,
+  readParts,
+  readPartsLater,
+  writeParts,
+  writePartsLater,
+} from "./file.js";
 export { type MapOptions, mapShared, unmapShared } from "./mapping.js";
 export { createMemfd, fileSize, HUGE_PAGE_BYTES, type HugePageSize, MemfdSeal, memfdSeals } from "./memfd.js";
 export {

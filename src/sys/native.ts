@@ -1,4 +1,4 @@
-/** Finds and loads the addon built from `native/syscalls.c`, on first use, and types what it offers. */
+/** Finds and loads the addon built from `native/*.c`, on first use, and types what it offers. */
 
 import { existsSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -12,12 +12,28 @@ export interface NativeWatch {
   readonly __opaque: unique symbol;
 }
 
-/** The functions of `native/syscalls.c`. Each returns its value, or `-errno` when the kernel refused. */
+/**
+ * Reads or writes a file; `places` has pairs of offset and length in `memory`. With a callback it is done on another
+ * thread: the callback has the result, and what is returned is 0, or `-errno` when it could not begin.
+ */
+export type NativeTransfer = (
+  fd: number,
+  memory: Uint8Array,
+  places: Float64Array,
+  count: number,
+  position: number,
+  flags: number,
+  callback?: (result: number) => void,
+) => number;
+
+/** The functions of `native/*.c`. Each returns its value, or `-errno` when the kernel refused. */
 export interface NativeBinding {
   memfdCreate(name: string, flags: number): number;
   ftruncate(fd: number, size: number): number;
   fcntl(fd: number, command: number, argument: number): number;
-  fallocate(fd: number, mode: number, offset: number, length: number): number;
+  fallocate(fd: number, mode: number, offset: number, length: number, callback?: (result: number) => void): number;
+  preadv: NativeTransfer;
+  pwritev: NativeTransfer;
   mmap(
     fd: number,
     length: number,

@@ -48,6 +48,8 @@ export class DevicePackedRing {
   private usedBits: number;
   /** Ring descriptors taken and not given back: never more than the ring has. */
   private outstanding: number;
+  /** Ring descriptors of the chain popped last. */
+  private lastCount = 1;
   /** Position of the used entry whose flags `publish` will write; -1 when there is none. */
   private heldAt = -1;
   private heldFlags = 0;
@@ -126,10 +128,30 @@ export class DevicePackedRing {
       if ((flags & STATE_MASK) !== bits) throw lyingDriver("a chain that goes on in a descriptor not available");
     }
     chain.ringCount = ringCount;
+    this.lastCount = ringCount;
     this.nextAvail = at;
     this.availBits = bits;
     this.outstanding += ringCount;
     return true;
+  }
+
+  /** How many chains seem to be available; see `DeviceVirtqueue.backlog`. */
+  backlog(limit: number): number {
+    // Descriptors become available in the order of the ring: the last available one is found by halving.
+    let from = 0;
+    let to = Math.min(limit, Math.floor((this.size - this.outstanding) / this.lastCount));
+    for (let chains = to; from < to; chains = (from + to + 1) >> 1) {
+      if (this.seemsAvailable((chains - 1) * this.lastCount)) from = chains;
+      else to = chains - 1;
+    }
+    return from;
+  }
+
+  private seemsAvailable(ahead: number): boolean {
+    const at = this.nextAvail + ahead;
+    const bits = at < this.size ? this.availBits : this.availBits ^ STATE_MASK;
+    const flags = this.desc16[(at < this.size ? at : at - this.size) * DESC_HALVES + FLAGS16];
+    return (flags & STATE_MASK) === bits;
   }
 
   /** Write a used entry that stands for chains of `ringCount` descriptors; see `DeviceVirtqueue.push`. */

@@ -89,6 +89,13 @@ export class DeviceSplitRing {
     return true;
   }
 
+  /** How many chains seem to be available; see `DeviceVirtqueue.backlog`. */
+  backlog(limit: number): number {
+    let pending = (this.availLimit - this.lastAvail) & 0xffff;
+    if (pending < limit) pending = (this.avail[IDX] - this.lastAvail) & 0xffff;
+    return Math.min(pending, limit);
+  }
+
   /** Write a used entry that stands for `chains` chains; see `DeviceVirtqueue.push`. */
   push(id: number, chains: number, written: number): void {
     const idx = this.usedIdx;

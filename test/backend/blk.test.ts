@@ -476,7 +476,7 @@ describe("the virtio-blk device", () => {
     const storage: BlockStorage = {
       capacity: slow.capacity,
       read: () => undefined,
-      write: () => void log.push("write"),
+      write: () => undefined,
       readInto: () => undefined,
       writeFrom: () => void log.push("writeFrom"),
       flush: () => slow.flush(),
@@ -486,7 +486,7 @@ describe("the virtio-blk device", () => {
     const request = ring.request(BlkRequestType.OUT, 0n, { out: pattern(512) });
     ring.kick.signal();
     await until(() => slow.calls.length === 1);
-    assert.deepEqual(log, ["write"]);
+    assert.deepEqual(log, ["writeFrom"]);
     assert.equal(ring.isFinished(request), false);
     slow.finish("flush");
     assert.equal(await ring.finished(request), 1);

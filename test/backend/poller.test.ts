@@ -5,6 +5,9 @@ import { describe, it } from "node:test";
 import { type Pollable, Poller } from "../../src/backend/poller.js";
 import { turns } from "./front-end.js";
 
+/** Requests that a {@link FakeRing} takes at a time. */
+const BATCH = 16;
+
 /** A ring that does what it is told and keeps a log; `work` requests wait on it. */
 class FakeRing implements Pollable {
   busy = false;
@@ -15,9 +18,9 @@ class FakeRing implements Pollable {
   processed = 0;
   looks = 0;
 
-  process(limit: number): number {
+  process(): number {
     this.looks++;
-    const count = Math.min(limit, this.work);
+    const count = Math.min(BATCH, this.work);
     this.work -= count;
     this.processed += count;
     return count;
@@ -109,5 +112,35 @@ describe("the poller of a back-end", () => {
     assert.ok(ring.looks >= 3 && ring.looks <= 6, `${ring.looks} looks in 5 turns`);
     poller.drop(ring);
     poller.drop(ring);
+  });
+
+  it("leaves the processor to other threads when nothing but their answers is left to come", async () => {
+    const poller = new Poller();
+    const ring = new FakeRing();
+    ring.work = 5;
+    ring.busy = true;
+    poller.wake(ring);
+    await turns(3);
+    assert.deepEqual([ring.processed, ring.looks], [5, 2]);
+    assert.deepEqual(ring.log, ["disarm", "arm"]);
+    // What came while it asked for notifications is not left lying.
+    ring.missed = 2;
+    poller.wake(ring);
+    await turns(4);
+    assert.equal(ring.processed, 7);
+    assert.deepEqual(ring.log.slice(2), ["disarm", "arm", "disarm", "arm"]);
+  });
+
+  it("looks after a notification as after any other sign of life", async () => {
+    const poller = new Poller();
+    const ring = new FakeRing();
+    for (let i = 1; i <= 20; i++) {
+      ring.work = 1;
+      poller.notified(ring);
+      poller.notified(ring);
+      await asleep(ring);
+      assert.equal(ring.processed, i);
+    }
+    assert.equal(ring.log.length, 40);
   });
 });

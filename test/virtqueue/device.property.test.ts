@@ -59,7 +59,54 @@ function elementsOf(pick: (limit: number) => number, max: number): Element[] {
   });
 }
 
+/** A ring whose chains have `elements` elements each, and what happens on it. */
+const uniform = fc.record({
+  packed: fc.boolean(),
+  size: fc.constantFrom(4, 8, 16, 32),
+  elements: fc.integer({ min: 1, max: 4 }),
+  steps: fc.array(fc.record({ add: fc.nat({ max: 8 }), take: fc.nat({ max: 8 }), give: fc.nat({ max: 8 }) }), {
+    minLength: 1,
+    maxLength: 40,
+  }),
+});
+
 describe("device's half of the rings, at random", () => {
+  it("tells how many chains of one size wait, as far as it is asked", () => {
+    fc.assert(
+      fc.property(uniform, ({ packed, size, elements, steps }) => {
+        const place = placeRing(size);
+        const memory = new DeviceMemory();
+        memory.add(place.address, place.buffer);
+        const driver = packed ? new PackedDriver(place) : new SplitDriver(place);
+        const features = packed ? VirtioFeature.RING_PACKED : 0n;
+        const device = new DeviceVirtqueue({ queueSize: size, features, memory, ...areasOf(place) });
+        const chain = new DescriptorChain(size);
+        const one = Array.from({ length: elements }, () => ({ address: place.address, length: 1, writable: false }));
+        const held: number[] = [];
+        let waiting = 0;
+        let isKnown = !packed;
+        assert.equal(device.backlog(size), 0);
+        for (const { add, take, give } of steps) {
+          for (let n = add; n > 0 && driver.add(one) >= 0; n--) waiting++;
+          driver.publish();
+          for (let n = take; n > 0 && device.pop(chain); n--) {
+            held.push(chain.id);
+            waiting--;
+            isKnown = true;
+          }
+          // A packed ring learns how many descriptors a chain has when it takes the first.
+          for (const limit of isKnown ? [0, 1, 2, 3, size, size + 1] : [0, 1]) {
+            assert.equal(device.backlog(limit), Math.min(limit, waiting), `limit ${limit}`);
+          }
+          for (const id of held.splice(0, give)) device.push(id, packed ? elements : 1, 0);
+          device.publish();
+          driver.collect();
+        }
+      }),
+      { numRuns: RUNS },
+    );
+  });
+
   it("hands over what the driver wrote, and gives back what it was told, in every mode", () => {
     fc.assert(fc.property(plan, run), { numRuns: RUNS });
   });

@@ -1,0 +1,62 @@
+/*
+ * Arguments and results of the functions of this addon: conversions between JavaScript's values and those of system
+ * calls, and the functions that live in another file than syscalls.c.
+ */
+#ifndef VIRTIO_ADDON_H
+#define VIRTIO_ADDON_H
+
+#define NAPI_VERSION 8
+#include <node_api.h>
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+/* What a function of this addon is: given its arguments (undefined where the caller left them out), it answers. */
+typedef napi_value (*function)(napi_env env, const napi_value *args);
+
+/* A descriptor or small number; what is not a number becomes -1, which no system call takes for a descriptor. */
+static inline int to_int(napi_env env, napi_value value) {
+  int32_t number;
+  return napi_get_value_int32(env, value, &number) == napi_ok ? number : -1;
+}
+
+static inline int64_t to_long(napi_env env, napi_value value) {
+  int64_t number;
+  return napi_get_value_int64(env, value, &number) == napi_ok ? number : -1;
+}
+
+/* The bytes under a typed array of the given type; false when the value is something else. */
+static inline bool to_bytes(napi_env env, napi_value value, napi_typedarray_type type, void **data, size_t *count) {
+  napi_typedarray_type actual;
+  bool is_view;
+  return napi_is_typedarray(env, value, &is_view) == napi_ok && is_view &&
+         napi_get_typedarray_info(env, value, &actual, count, data, NULL, NULL) == napi_ok && actual == type;
+}
+
+/* A NUL-terminated string; -errno when it does not fit. */
+static inline int to_string(napi_env env, napi_value value, char *into, size_t size) {
+  size_t length;
+  if (napi_get_value_string_utf8(env, value, NULL, 0, &length) != napi_ok) return -EINVAL;
+  if (length >= size) return -ENAMETOOLONG;
+  napi_get_value_string_utf8(env, value, into, size, &length);
+  return 0;
+}
+
+static inline napi_value from_long(napi_env env, int64_t number) {
+  napi_value value = NULL;
+  napi_create_int64(env, number, &value);
+  return value;
+}
+
+/* A system call's result: its value, or -errno when it is -1. */
+static inline napi_value from_result(napi_env env, int64_t result) {
+  return from_long(env, result == -1 ? -errno : result);
+}
+
+/* files.c */
+napi_value preadv_(napi_env env, const napi_value *args);
+napi_value pwritev_(napi_env env, const napi_value *args);
+napi_value fallocate_(napi_env env, const napi_value *args);
+
+#endif
