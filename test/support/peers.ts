@@ -5,10 +5,9 @@
 
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
-import { accessSync, constants, mkdtempSync, readFileSync, rmSync } from "node:fs";
-import { watch } from "node:fs/promises";
+import { accessSync, constants, mkdtempSync, readFileSync, rmSync, watch } from "node:fs";
 import { tmpdir } from "node:os";
-import { basename, delimiter, dirname, join } from "node:path";
+import { delimiter, dirname, join } from "node:path";
 import { setImmediate } from "node:timers/promises";
 
 /** How long a program may take to listen, and to end. */
@@ -122,19 +121,19 @@ export class Daemon {
   }
 
   async #untilListening(program: string): Promise<void> {
-    const over = new AbortController();
-    const listening = async () => {
-      const changes = watch(dirname(this.path), { signal: over.signal });
-      if (isListening(this.path)) return;
-      for await (const { filename } of changes) {
-        if (filename !== basename(this.path)) continue;
-        // The file is there from bind on; listen follows within microseconds.
-        while (!isListening(this.path)) await setImmediate(undefined, { signal: over.signal });
-        return;
-      }
-    };
     const failed = (what: string) => new Error(`${program} ${what}:\n${this.output}`);
+    const over = new AbortController();
     const patience = setTimeout(() => over.abort(failed("does not listen")), PATIENCE_MS);
+    // The watch must exist before the first look: between the two the socket could come unseen. (The watch of
+    // fs/promises begins with its first iteration only.)
+    const folder = watch(dirname(this.path), { signal: over.signal });
+    const appeared = once(folder, "change", { signal: over.signal });
+    const listening = async () => {
+      if (isListening(this.path)) return;
+      await appeared;
+      // Whatever changed in the folder: the socket's file is there from bind on, listen follows within microseconds.
+      while (!isListening(this.path)) await setImmediate(undefined, { signal: over.signal });
+    };
     try {
       await Promise.race([
         listening().catch((error: unknown) => {
@@ -146,6 +145,7 @@ export class Daemon {
       ]);
     } finally {
       clearTimeout(patience);
+      appeared.catch(() => undefined);
       over.abort();
     }
   }
