@@ -78,6 +78,7 @@ for (const [format, features] of [
 
     it("is looked for again when a request that took its time is answered", async (t) => {
       const finish: (() => void)[] = [];
+      t.after(() => finish.forEach((resolve) => resolve()));
       const storage = watched(() => new Promise((resolve) => finish.push(resolve)));
       const { front } = pair(t, { storage });
       const ring = await front.start(features);
@@ -97,6 +98,7 @@ for (const [format, features] of [
 
     it("ends, and takes no time, while the ring is disabled, though requests wait on it", async (t) => {
       const finish: (() => void)[] = [];
+      t.after(() => finish.forEach((resolve) => resolve()));
       const batch = 16;
       const storage = watched(() => {
         // The last request of a batch: what is done here comes between this batch and the next.

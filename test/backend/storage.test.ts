@@ -1,6 +1,7 @@
 /** Memory and files as disks. */
 
 import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
 import {
   closeSync,
   ftruncateSync,
@@ -12,6 +13,7 @@ import {
   truncateSync,
   writeFileSync,
 } from "node:fs";
+import { constants } from "node:os";
 import { join } from "node:path";
 import { describe, it, type TestContext } from "node:test";
 import fc from "fast-check";
@@ -49,7 +51,7 @@ function allocated(path: string): number {
 }
 
 describe("RamStorage", () => {
-  it("keeps what was written, and reads zeroes elsewhere and after discard, writeZeroes and secureErase", () => {
+  it("keeps what was written, and reads zeroes elsewhere and after discard, writeZeroes and secureErase", async () => {
     const disk = new RamStorage(MIB);
     disk.write(512 * 3, pattern(5000));
     const bytes = new Uint8Array(6000).fill(9);
@@ -58,17 +60,17 @@ describe("RamStorage", () => {
     assert.deepEqual(bytes.subarray(5000), new Uint8Array(1000));
     for (const zero of ["discard", "writeZeroes", "secureErase"] as const) {
       disk.write(0, pattern(16384));
-      void disk[zero](512, 8192 + 512);
+      await disk[zero](512, 8192 + 512);
       const now = new Uint8Array(16384);
       disk.read(0, now);
       assert.deepEqual(now, pattern(16384).fill(0, 512, 512 + 8192 + 512), zero);
-      void disk[zero](512, 0);
+      await disk[zero](512, 0);
     }
     disk.flush();
     disk.close();
   });
 
-  it("is a plain array of bytes, whatever the order of calls", () => {
+  it("is a plain array of bytes, whatever the order of calls", async () => {
     const size = 64 * 1024;
     const call = fc.record({
       kind: fc.constantFrom("write", "discard", "read"),
@@ -76,8 +78,8 @@ describe("RamStorage", () => {
       count: fc.integer({ min: 1, max: 40 }),
       lead: fc.nat({ max: 100 }),
     });
-    fc.assert(
-      fc.property(fc.array(call, { maxLength: 30 }), (calls) => {
+    await fc.assert(
+      fc.asyncProperty(fc.array(call, { maxLength: 30 }), async (calls) => {
         const disk = new RamStorage(size);
         const model = new Uint8Array(size);
         for (const [i, { kind, at, count, lead }] of calls.entries()) {
@@ -89,7 +91,7 @@ describe("RamStorage", () => {
             disk.writeFrom(offset, partsOf(memory, lead, length, i));
             model.set(pattern(length, i), offset);
           } else if (kind === "discard") {
-            void disk.discard(offset, length);
+            await disk.discard(offset, length);
             model.fill(0, offset, offset + length);
           } else {
             disk.readInto(offset, partsOf(memory, lead, length, i));
@@ -104,7 +106,7 @@ describe("RamStorage", () => {
     );
   });
 
-  it("can be larger than memory, and requests may cross its windows of 1 GiB", () => {
+  it("can be larger than memory, and requests may cross its windows of 1 GiB", async () => {
     const disk = new RamStorage(64 * 1024 ** 3);
     assert.equal(disk.capacity, 64 * 1024 ** 3);
     for (const offset of [1024 ** 3 - 512, 5 * 1024 ** 3 - 2048, 64 * 1024 ** 3 - 4096]) {
@@ -113,10 +115,26 @@ describe("RamStorage", () => {
       disk.read(offset, bytes);
       assert.deepEqual(bytes, pattern(4096));
     }
-    void disk.discard(1024 ** 3 - 512, 4096);
+    await disk.discard(1024 ** 3 - 512, 4096);
     const bytes = new Uint8Array(4096).fill(1);
     disk.read(1024 ** 3 - 512, bytes);
     assert.deepEqual(bytes, new Uint8Array(4096));
+    disk.close();
+  });
+
+  it("zeroes large ranges on another thread, small ones at once", async () => {
+    const disk = new RamStorage(8 * MIB);
+    for (const zero of ["discard", "writeZeroes", "secureErase"] as const) {
+      disk.write(0, new Uint8Array(8 * MIB).fill(7));
+      assert.equal(disk[zero](512, MIB), undefined);
+      const work = disk[zero](2 * MIB, 5 * MIB + 512);
+      assert.ok(work instanceof Promise);
+      await work;
+      const bytes = new Uint8Array(8 * MIB);
+      disk.read(0, bytes);
+      const expected = new Uint8Array(8 * MIB).fill(7);
+      assert.deepEqual(bytes, expected.fill(0, 512, 512 + MIB).fill(0, 2 * MIB, 7 * MIB + 512));
+    }
     disk.close();
   });
 
@@ -245,6 +263,64 @@ describe("FileStorage", () => {
       message: /"readOnly"/,
     });
     assert.equal(openFds(), before);
+  });
+
+  it("transfers all parts of a request, whatever memory they lie in, small and large", async (t) => {
+    const disk = openFor(t, 4 * MIB);
+    for (const size of [512, 4096, 100_000, MIB, 3 * MIB + 512]) {
+      const from = pattern(size + 100, size);
+      await disk.writeFrom(512, partsOf(from, 100, size, 3));
+      const into = new Uint8Array(size + 100).fill(0xaa);
+      await disk.readInto(512, partsOf(into, 7, size, 5));
+      assert.deepEqual(into.subarray(7, 7 + size), from.subarray(100));
+      assert.deepEqual([into[6], into[7 + size]], [0xaa, 0xaa]);
+    }
+    assert.equal(statSync(disk.path).size, 4 * MIB);
+  });
+
+  it("reads holes as zeroes, and leaves them holes", async (t) => {
+    const disk = openFor(t, 64 * MIB);
+    await disk.write(32 * MIB, pattern(512));
+    for (const offset of [0, 16 * MIB, 32 * MIB + 65536]) {
+      for (const length of [512, 2 * MIB]) {
+        const bytes = new Uint8Array(length).fill(1);
+        await disk.read(offset, bytes);
+        assert.ok(bytes.every((byte) => byte === 0));
+      }
+    }
+    assert.ok(allocated(disk.path) <= MIB);
+  });
+
+  it("survives a write that may not be, at once or on a thread, and says which error it was", (t) => {
+    const path = imageFor(t, 4 * MIB);
+    // Beyond the limit of file sizes the kernel refuses with EFBIG, after a signal that would end most programs.
+    const script = `
+      import { FileStorage } from ${JSON.stringify(new URL("../../src/backend/index.js", import.meta.url).href)};
+      const disk = FileStorage.open(${JSON.stringify(path)});
+      for (const size of [512, ${2 * MIB}]) {
+        await disk.write(${MIB}, new Uint8Array(size)).catch(({ errno }) => console.log(errno));
+      }
+      await disk.read(${MIB}, new Uint8Array(512));
+      await disk.flush();
+      await disk.close();
+      console.log("alive");`;
+    const command = `ulimit -f 1 && exec "$0" --input-type=module -e "$1"`;
+    const { stdout, stderr } = spawnSync("sh", ["-c", command, process.execPath, script], { encoding: "utf8" });
+    assert.equal(stdout, `${constants.errno.EFBIG}\n${constants.errno.EFBIG}\nalive\n`, stderr);
+  });
+
+  it("closes when nothing is done with it any more", async (t) => {
+    const disk = openFor(t, 8 * MIB);
+    const bytes = pattern(6 * MIB);
+    // Two steps on threads, because the parts lie in different memory.
+    const parts = new MemoryParts();
+    parts.add(bytes, 0, 3 * MIB);
+    parts.add(bytes.subarray(3 * MIB), 0, 3 * MIB);
+    const writing = disk.writeFrom(0, parts);
+    const closing = disk.close();
+    await writing;
+    await closing;
+    assert.deepEqual(new Uint8Array(readFileSync(disk.path).subarray(0, 6 * MIB)), bytes);
   });
 
   it("closes once, and works no more", async (t) => {
