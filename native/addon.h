@@ -59,4 +59,9 @@ napi_value preadv_(napi_env env, const napi_value *args);
 napi_value pwritev_(napi_env env, const napi_value *args);
 napi_value fallocate_(napi_env env, const napi_value *args);
 
+/* devices.c */
+napi_value address_(napi_env env, const napi_value *args);
+napi_value register_read_(napi_env env, const napi_value *args);
+napi_value register_write_(napi_env env, const napi_value *args);
+
 #endif

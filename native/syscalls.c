@@ -514,7 +514,8 @@ static const struct named_function functions[] = {
     {"mmap", mmap_}, {"munmap", munmap_}, {"eventfd", eventfd_}, {"drain", drain_}, {"watch", watch_},
     {"watchRef", watch_ref_}, {"watchClose", watch_close_}, {"connect", connect_}, {"listen", listen_},
     {"accept", accept_}, {"socketpair", socketpair_}, {"sendmsg", sendmsg_}, {"recvmsg", recvmsg_}, {"close", close_},
-    {"ioctl", ioctl_}, {"preadv", preadv_}, {"pwritev", pwritev_},
+    {"ioctl", ioctl_}, {"preadv", preadv_}, {"pwritev", pwritev_}, {"address", address_},
+    {"registerRead", register_read_}, {"registerWrite", register_write_},
 };
 
 static bool export_function(napi_env env, napi_value exports, const char *name, napi_callback callback,

@@ -67,3 +67,18 @@ export function unmapShared(buffer: ArrayBuffer): void {
   }
   if (result < 0) throw systemError(result, "munmap", `unmapping ${buffer.byteLength} bytes`);
 }
+
+/**
+ * Where a mapping lies in this process: what the kernel wants to know of memory that it shall map for a device. No
+ * device and no other process ever learns it from us.
+ *
+ * @throws TypeError when the buffer is not an ArrayBuffer, or was unmapped.
+ */
+export function addressOf(buffer: ArrayBuffer): number {
+  if (!(buffer instanceof ArrayBuffer) || buffer.byteLength === 0) {
+    throw typeError("buffer", "an ArrayBuffer that is mapped", buffer);
+  }
+  const result = native().address(buffer);
+  if (result < 0) throw systemError(result, "address", "asking for the address of a buffer");
+  return result;
+}

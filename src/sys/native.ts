@@ -57,6 +57,9 @@ export interface NativeBinding {
   recvmsg(fd: number, into: Uint8Array, fds: Int32Array): number;
   close(fd: number): number;
   ioctl(fd: number, request: number, argument: number | Uint8Array): number;
+  address(buffer: ArrayBuffer): number;
+  registerRead(bytes: Uint8Array, offset: number, width: number): number;
+  registerWrite(bytes: Uint8Array, offset: number, width: number, value: number): number;
 }
 
 /** The package's root, seen from dist/src/sys/native.js. */

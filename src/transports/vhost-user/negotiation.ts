@@ -10,7 +10,6 @@ import {
   VhostUserProtocolFeature,
   VhostUserRequest,
 } from "../../protocol/vhost-user.js";
-import { VirtioFeature } from "../../virtqueue/features.js";
 import { BackChannel } from "./back-channel.js";
 import type { Reply, RequestChannel } from "./channel.js";
 import { U64_REPLY } from "./channel.js";
@@ -22,27 +21,6 @@ const PROTOCOL_FEATURES =
   VhostUserProtocolFeature.BACKEND_REQ |
   VhostUserProtocolFeature.CONFIG |
   VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS;
-
-/** Bits `from` to `to`, both included. */
-function bits(from: bigint, to: bigint): bigint {
-  return (1n << (to + 1n)) - (1n << from);
-}
-
-/**
- * The virtio features that this transport can carry: those of the device type (virtio 1.3, clause 2.2: bits 0
- * to 23 and 50 up), which the device class has chosen, and these of the rings. Not ACCESS_PLATFORM: it would
- * turn every address into one that the back-end looks up by IOTLB messages. Not ORDER_PLATFORM: there are no
- * barriers for hardware in JavaScript. Not NOTIFICATION_DATA, NOTIF_CONFIG_DATA, RING_RESET: an eventfd
- * carries no data, and the protocol resets no single queue.
- */
-const CARRIED_FEATURES =
-  bits(0n, 23n) |
-  bits(50n, 63n) |
-  VirtioFeature.INDIRECT_DESC |
-  VirtioFeature.EVENT_IDX |
-  VirtioFeature.VERSION_1 |
-  VirtioFeature.RING_PACKED |
-  VirtioFeature.IN_ORDER;
 
 /** More regions than anybody makes; a larger answer to `GET_MAX_MEM_SLOTS` says no more. */
 const ENOUGH_REGIONS = 0xffff;
@@ -108,22 +86,6 @@ export async function introduce(channel: RequestChannel, peer: string): Promise<
     backChannel?.close();
     throw error;
   }
-}
-
-/**
- * The features to accept of those that a driver wants.
- *
- * @throws VirtioError ERR_VIRTIO_FEATURES when the device does not offer VERSION_1.
- */
-export function chooseFeatures(offered: bigint, wanted: bigint, peer: string): bigint {
-  if ((offered & VirtioFeature.VERSION_1) === 0n) {
-    throw new VirtioError(
-      "ERR_VIRTIO_FEATURES",
-      `${peer} offers features 0x${offered.toString(16)} without VERSION_1; ` +
-        "legacy devices are not supported, configure it as a modern one",
-    );
-  }
-  return (wanted | VirtioFeature.VERSION_1) & offered & CARRIED_FEATURES;
 }
 
 function chooseProtocolFeatures(offered: bigint): bigint {

@@ -13,13 +13,16 @@ import {
 import { connectUnix } from "../../sys/index.js";
 import { VIRTQUEUE_MAX_SIZE } from "../../virtqueue/defs.js";
 import { VirtioFeature } from "../../virtqueue/features.js";
+import { chooseFeatures, COMMON_FEATURES } from "../features.js";
+import { Lifetime } from "../lifetime.js";
+import { TransportMemory } from "../memory.js";
+import { checkQueues } from "../queues.js";
 import type { QueueNotifier, QueueSetup, VirtioTransport, WaitOptions } from "../transport.js";
+import { checkWait, DEFAULT_TIMEOUT, Serial, Waits } from "../wait.js";
 import { configReply, RequestChannel } from "./channel.js";
-import { VhostUserMemory } from "./memory.js";
-import type { Introduction } from "./negotiation.js";
-import { chooseFeatures, introduce } from "./negotiation.js";
-import { checkQueues, VhostUserQueues } from "./queues.js";
-import { checkWait, DEFAULT_TIMEOUT, Serial, Waits } from "./wait.js";
+import { regionMapper, removal } from "./memory.js";
+import { type Introduction, introduce } from "./negotiation.js";
+import { VhostUserQueues } from "./queues.js";
 
 /** Where a back-end is reached: the path of its socket, or a connected descriptor, which is owned from then on. */
 export type VhostUserTarget = string | { readonly path: string } | { readonly fd: number };
@@ -70,18 +73,14 @@ export class VhostUser implements VirtioTransport {
   readonly #channel: RequestChannel;
   readonly #waits: Waits;
   readonly #introduction: Introduction;
-  readonly #memory: VhostUserMemory;
+  readonly #memory: TransportMemory;
   readonly #queues: VhostUserQueues;
   readonly #afterClose: (() => Promise<void>) | undefined;
   /** Changes of memory and queues, one after the other. */
   readonly #changes = new Serial();
   #features = 0n;
   #negotiation: "open" | "begun" | "done" = "open";
-  /** Why the device can no longer be used. */
-  #ended: VirtioError | undefined;
-  #onLost: ((error: Error) => void) | undefined;
-  #told = false;
-  #closing: Promise<void> | undefined;
+  readonly #lifetime: Lifetime;
 
   /**
    * Connect to a back-end and ask what it has: up to four round trips.
@@ -133,11 +132,11 @@ export class VhostUser implements VirtioTransport {
     this.#channel = channel;
     this.#waits = waits;
     this.#introduction = introduction;
-    this.#memory = new VhostUserMemory(
-      channel,
-      this.#has(VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS),
-      this.maxRegions,
-    );
+    this.#lifetime = new Lifetime(peer);
+    this.#memory = new TransportMemory(regionMapper(channel, this.#hasMemorySlots), {
+      maxRegions: this.maxRegions,
+      peer,
+    });
     this.#queues = new VhostUserQueues(channel, introduction.hasProtocolFeatures, (index) => this.#queueBroke(index));
     channel.onBroken = (error) => this.#end(error);
     const { backChannel } = introduction;
@@ -154,12 +153,11 @@ export class VhostUser implements VirtioTransport {
 
   /** Called once when the device is gone; at once when it already is. */
   get onLost(): ((error: Error) => void) | undefined {
-    return this.#onLost;
+    return this.#lifetime.onLost;
   }
 
   set onLost(callback: ((error: Error) => void) | undefined) {
-    this.#onLost = callback;
-    this.#tellLost();
+    this.#lifetime.onLost = callback;
   }
 
   /**
@@ -172,9 +170,11 @@ export class VhostUser implements VirtioTransport {
   async negotiate(wanted: bigint, options?: WaitOptions): Promise<bigint> {
     if (typeof wanted !== "bigint") throw typeError("wanted", "a bigint", wanted);
     if (wanted < 0n || wanted > U64_MAX) throw rangeError("wanted", "64 feature bits at most", wanted);
-    this.#checkUsable();
+    this.#lifetime.check();
     if (this.#negotiation !== "open") throw this.#wrongOrder("features can be negotiated once; connect again");
-    const features = chooseFeatures(this.offeredFeatures, wanted, this.#peer);
+    // Not ACCESS_PLATFORM: it would turn every address into one that the back-end looks up by IOTLB messages. Not
+    // NOTIFICATION_DATA, RING_RESET: an eventfd carries no data, and the protocol resets no single queue.
+    const features = chooseFeatures(this.offeredFeatures, wanted, { carried: COMMON_FEATURES, peer: this.#peer });
     // Bit 30 is the protocol's. Left out, the back-end would enable every queue at once and take no
     // SET_VRING_ENABLE any more.
     const bits = this.#introduction.hasProtocolFeatures ? features | VHOST_USER_F_PROTOCOL_FEATURES : features;
@@ -287,8 +287,7 @@ export class VhostUser implements VirtioTransport {
   }
 
   close(): Promise<void> {
-    this.#closing ??= this.#shutDown();
-    return this.#closing;
+    return this.#lifetime.close(() => this.#shutDown());
   }
 
   /** The same as `close`. */
@@ -297,12 +296,13 @@ export class VhostUser implements VirtioTransport {
   }
 
   async #shutDown(): Promise<void> {
-    const closed = new VirtioError("ERR_VIRTIO_CLOSED", `the connection to ${this.#peer} was closed; connect again`);
+    const closed = this.#lifetime.closedError();
     this.#waits.endAll(closed);
-    if (this.#ended === undefined) {
+    if (this.#lifetime.ended === undefined) {
       const retreat = async () => {
         await this.#queues.stop();
-        await this.#memory.withdraw();
+        // As far as the protocol has words for it.
+        if (this.#hasMemorySlots) await this.#channel.confirm(this.#memory.regions.map(removal));
       };
       // A peer that does not answer, or not rightly, has had its chance: closing the connection withdraws all.
       await this.#waits.during(() => this.#changes.run(retreat), { timeout: this.#timeout }).catch(() => undefined);
@@ -318,7 +318,7 @@ export class VhostUser implements VirtioTransport {
    * `undo` it before the next one begins.
    */
   async #change<T>(job: () => Promise<T>, options?: WaitOptions, undo?: (value: T) => Promise<void>): Promise<T> {
-    this.#checkUsable();
+    this.#lifetime.check();
     const wait = this.#waits.begin<T>(options);
     void this.#changes.run(async () => {
       if (wait.over) return;
@@ -337,6 +337,10 @@ export class VhostUser implements VirtioTransport {
     return (this.protocolFeatures & feature) !== 0n;
   }
 
+  get #hasMemorySlots(): boolean {
+    return this.#has(VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS);
+  }
+
   #queueBroke(index: number): void {
     this.#end(
       new VirtioError(
@@ -347,27 +351,10 @@ export class VhostUser implements VirtioTransport {
   }
 
   #end(error: VirtioError): void {
-    if (this.#ended !== undefined) return;
-    this.#ended = error;
+    if (!this.#lifetime.end(error)) return;
     this.#channel.close(error);
     this.#introduction.backChannel?.close();
     this.#waits.endAll(error);
-    this.#tellLost();
-  }
-
-  #tellLost(): void {
-    const callback = this.#onLost;
-    const error = this.#ended;
-    if (callback === undefined || error === undefined || this.#told) return;
-    this.#told = true;
-    queueMicrotask(() => callback(error));
-  }
-
-  #checkUsable(): void {
-    if (this.#closing !== undefined) {
-      throw new VirtioError("ERR_VIRTIO_CLOSED", `the connection to ${this.#peer} is closed; connect again`);
-    }
-    if (this.#ended !== undefined) throw this.#ended;
   }
 
   #checkNegotiated(): void {
@@ -375,7 +362,7 @@ export class VhostUser implements VirtioTransport {
   }
 
   #checkConfig(): void {
-    this.#checkUsable();
+    this.#lifetime.check();
     if (this.hasConfig) return;
     throw new VirtioError(
       "ERR_VIRTIO_CONFIG",
@@ -385,7 +372,7 @@ export class VhostUser implements VirtioTransport {
   }
 
   #checkMemoryChange(): void {
-    if (!this.#queues.running || !this.#memory.replacesAll) return;
+    if (!this.#queues.running || this.#hasMemorySlots) return;
     throw new VirtioError(
       "ERR_VIRTIO_MEMORY",
       `${this.#peer} does not offer CONFIGURE_MEM_SLOTS and would map all memory again while queues use it; ` +

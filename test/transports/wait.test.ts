@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { describe, test } from "node:test";
-import { Serial, Waits } from "../../../src/transports/vhost-user/wait.js";
+import { Serial, Waits } from "../../src/transports/wait.js";
 
 describe("Serial", () => {
   test("jobs run in order, each when the one before has ended, also when that failed", async () => {

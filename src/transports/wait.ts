@@ -3,8 +3,8 @@
  * interrupts the work, so the conversation with the peer stays in step; whoever gives up undoes the outcome.
  */
 
-import { checkInteger, checkOptions, typeError, VirtioError } from "../../errors.js";
-import type { WaitOptions } from "../transport.js";
+import { checkInteger, checkOptions, typeError, VirtioError } from "../errors.js";
+import type { WaitOptions } from "./transport.js";
 
 /** Milliseconds that a wait lasts at most when nobody says otherwise. */
 export const DEFAULT_TIMEOUT = 10_000;
