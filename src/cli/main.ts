@@ -14,6 +14,8 @@ const COMMANDS: Readonly<Record<string, () => Promise<{ readonly command: Comman
   bench: () => import("./bench.js"),
   serve: () => import("./serve.js"),
   layout: () => import("./layout.js"),
+  pci: () => import("./pci.js"),
+  doctor: () => import("./doctor.js"),
 };
 
 const HELP = `
@@ -25,7 +27,8 @@ Examples:
   virtio info vhost-user:/run/disk.sock                what a device offers
   virtio read vhost-user:/run/disk.sock > disk.img     copy a disk
   virtio serve file:disk.img --socket /run/disk.sock   be the disk
-  virtio layout --queue-size 8                         where every field of a virtqueue lies`;
+  virtio layout --queue-size 8                         where every field of a virtqueue lies
+  virtio doctor                                        what this machine can do, and what it lacks`;
 
 async function main(words: readonly string[]): Promise<void> {
   const program = new Command("virtio")
@@ -38,10 +41,17 @@ async function main(words: readonly string[]): Promise<void> {
   const wanted = named !== undefined && Object.hasOwn(COMMANDS, named) ? [named] : Object.keys(COMMANDS);
   for (const name of wanted) {
     const { command } = await COMMANDS[name]();
-    program.addCommand(command.copyInheritedSettings(program).option("--debug", "show the stack of an error"));
+    program.addCommand(adopted(command, program));
   }
   if (words.length === 0) program.help();
   await program.parseAsync(words, { from: "user" });
+}
+
+/** `command` and its subcommands with the settings of `parent`. */
+function adopted(command: Command, parent: Command): Command {
+  command.copyInheritedSettings(parent).option("--debug", "show the stack of an error");
+  for (const each of command.commands) adopted(each, command);
+  return command;
 }
 
 function packageVersion(): string {

@@ -13,7 +13,7 @@ export {
   writeParts,
   writePartsLater,
 } from "./file.js";
-export { entries, readLink, readText } from "./kernel-files.js";
+export { entries, readBytes, readLink, readText } from "./kernel-files.js";
 export { addressOf, type MapOptions, mapShared, unmapShared } from "./mapping.js";
 export { createMemfd, fileSize, HUGE_PAGE_BYTES, type HugePageSize, MemfdSeal, memfdSeals } from "./memfd.js";
 export { registerRead, registerWrite, type RegisterWidth } from "./registers.js";

@@ -22,6 +22,15 @@ export function readText(path: string): string | undefined {
 }
 
 /**
+ * The bytes of a file; none when it is not there.
+ *
+ * @throws VirtioError ERR_VIRTIO_PERMISSION or ERR_VIRTIO_SYSCALL when it cannot be read.
+ */
+export function readBytes(path: string): Uint8Array {
+  return ifThere(() => readFileSync(path), `reading ${path}`) ?? new Uint8Array(0);
+}
+
+/**
  * Where a link points; undefined when it is not there.
  *
  * @throws VirtioError ERR_VIRTIO_PERMISSION or ERR_VIRTIO_SYSCALL when it cannot be read.

@@ -9,7 +9,7 @@ import { after, describe, test } from "node:test";
 import { requirePeer } from "../support/peers.js";
 import { finished, onTerminal, start, virtio } from "./command.js";
 
-const COMMANDS = ["demo", "info", "read", "write", "bench", "serve", "layout"];
+const COMMANDS = ["demo", "info", "read", "write", "bench", "serve", "layout", "pci", "doctor"];
 
 const folder = mkdtempSync(join(tmpdir(), "virtio-usage-"));
 after(() => rmSync(folder, { recursive: true }));

@@ -4,7 +4,7 @@ import { basename, join } from "node:path";
 import { VirtioError } from "../../errors.js";
 import { type VirtioPciId, virtioPciId } from "../../protocol/pci-ids.js";
 import { errno } from "../../sys/errno.js";
-import { entries, readLink, readText } from "../../sys/kernel-files.js";
+import { entries, readBytes, readLink, readText } from "../../sys/kernel-files.js";
 import { parsePciAddress } from "./address.js";
 
 /** Where sysfs is mounted. */
@@ -39,6 +39,8 @@ export interface PciFacts {
   readonly class: number;
   /** What it is as a virtio device; undefined when it is none. */
   readonly virtio: VirtioPciId | undefined;
+  /** Whether it is a virtio device of before 1.0, without any structure of today; false also when that cannot be seen. */
+  readonly isLegacyOnly: boolean;
   /** The driver that has it; undefined for none. */
   readonly driver: string | undefined;
   /** The only driver that may have it, when somebody has laid that down. */
@@ -73,9 +75,11 @@ export function readPciFunction(address: string, sysfs = SYSFS): PciFacts {
   }
   const device = readNumber(join(folder, "device")) ?? 0;
   const override = readText(join(folder, "driver_override"));
+  const virtio = virtioPciId(vendor, device);
   return {
     address: name,
-    ...{ vendor, device, class: readNumber(join(folder, "class")) ?? 0, virtio: virtioPciId(vendor, device) },
+    ...{ vendor, device, class: readNumber(join(folder, "class")) ?? 0, virtio },
+    isLegacyOnly: virtio?.transitional === true && !mayHaveVirtioStructures(readBytes(join(folder, "config"))),
     driver: linkName(join(folder, "driver")),
     driverOverride: override === "(null)" || override === "" ? undefined : override,
     group: readGroup(folder, sysfs),
@@ -119,6 +123,34 @@ function leavesGroupAlone(folder: string, driver: string): boolean {
   if (isVfioDriver(driver) || driver === "pci-stub" || driver === "pcieport") return true;
   // A bridge between PCI buses (class 06, subclass 04) does no DMA of its own.
   return (readNumber(join(folder, "class")) ?? 0) >>> 8 === 0x0604;
+}
+
+/** Offsets in config space (PCI Local Bus 3.0, 6.1): status with the bit of a capability list, and where that begins. */
+const STATUS = 0x06;
+const STATUS_CAP_LIST = 0x10;
+const CAPABILITIES = 0x34;
+/** Length of the header, behind which capabilities lie; users other than root can read no more. */
+const HEADER_BYTES = 0x40;
+const CAPABILITY_VENDOR = 0x09;
+/** VIRTIO_PCI_CAP_COMMON_CFG at byte 3 of struct virtio_pci_cap (4.1.4). */
+const CFG_TYPE = 3;
+const CFG_COMMON = 1;
+
+/** Whether a config space names a common configuration, or could where it cannot be read. */
+function mayHaveVirtioStructures(config: Uint8Array): boolean {
+  if (config.length <= HEADER_BYTES) return true;
+  const at = (offset: number): number => config[offset] ?? 0;
+  if ((at(STATUS) & STATUS_CAP_LIST) === 0) return false;
+  const seen = new Set<number>();
+  for (
+    let offset = at(CAPABILITIES) & 0xfc;
+    offset >= HEADER_BYTES && !seen.has(offset);
+    offset = at(offset + 1) & 0xfc
+  ) {
+    if (at(offset) === CAPABILITY_VENDOR && at(offset + CFG_TYPE) === CFG_COMMON) return true;
+    seen.add(offset);
+  }
+  return false;
 }
 
 /** The last name of where a link leads: that of a driver or group. */
