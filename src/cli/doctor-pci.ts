@@ -74,7 +74,7 @@ function container(machine: Machine): Finding {
   if (!entries(join(machine.dev, "vfio")).includes("vfio")) {
     return missing("container", `There is no ${node}.`, moduleFix(machine, "vfio-pci", "VFIO_PCI"));
   }
-  if (!mayUse(node)) return missing("container", `This user may not use ${node}.`, `chmod 666 ${node}`);
+  if (!mayUse(node)) return missing("container", `This user may not use ${node}.`, `sudo chmod 666 ${node}`);
   if (!entries(join(machine.sys, "module")).includes("vfio_iommu_type1")) {
     const fix = moduleFix(machine, "vfio_iommu_type1", "VFIO_IOMMU_TYPE1");
     return missing("container", `${node} is there, but nothing behind it: vfio_iommu_type1 is not loaded.`, fix);

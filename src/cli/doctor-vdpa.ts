@@ -58,7 +58,7 @@ function device(machine: Machine, folder: string, title: string): Finding {
   if (entry === undefined || !entries(machine.dev).includes(entry)) {
     return missing("device", `${title} has no node ${node}.`, "udevadm trigger");
   }
-  if (!mayUse(node)) return missing("device", `${title}: this user may not use ${node}.`, `chown $USER ${node}`);
+  if (!mayUse(node)) return missing("device", `${title}: this user may not use ${node}.`, `sudo chown $USER ${node}`);
   const openers = openersOf(machine, [node]);
   const state = openers.length > 0 ? `is in use by process ${openers.join(", ")}` : "can be opened";
   return ok("device", `${title}, ${node}, ${state}.`);

@@ -105,7 +105,7 @@ export function groupProblem(machine: Machine, address: string, group: IommuGrou
     };
   }
   const node = groupNode(machine, group);
-  return mayUse(node) ? undefined : { what: `this user may not use ${node}`, remedy: `chown $USER ${node}` };
+  return mayUse(node) ? undefined : { what: `this user may not use ${node}`, remedy: `sudo chown $USER ${node}` };
 }
 
 function memberName({

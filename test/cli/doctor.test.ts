@@ -126,7 +126,7 @@ describe("pci", () => {
     machine.addFunction({ address: DISK, driver: "vfio-pci", group: 4 });
     assert.match(
       said(pciFindings(machine), "bound") ?? "",
-      /^missing: .*this user may not use .*vfio\/4\. \| chown \$USER /,
+      /^missing: .*this user may not use .*vfio\/4\. \| sudo chown \$USER /,
     );
     machine.addFunction({ address: "0000:00:05.0", device: 0x1041, group: 4 });
     assert.match(
@@ -313,6 +313,14 @@ describe("the command", () => {
     assert.ok((await onTerminal(["doctor"], { ...terminal, NO_COLOR: undefined })).stdout.includes("\x1b[32mok"));
     assert.ok(!(await onTerminal(["doctor"], { ...terminal, NO_COLOR: "1" })).stdout.includes("\x1b["));
   });
+});
+
+test("what the system lacks no transport can do without; what one lacks is its own matter", () => {
+  const missing = (section: Finding["section"]): Finding => ({
+    ...{ section, name: "x", status: "missing", message: "Y.", fix: null },
+  });
+  assert.deepEqual(workingTransports([missing("system")]), { "vhost-user": false, "vhost-vdpa": false, pci: false });
+  assert.deepEqual(workingTransports([missing("pci")]), { "vhost-user": true, "vhost-vdpa": true, pci: false });
 });
 
 test("only what is missing has its fix below it", () => {

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
-import { closeSync, constants, mkdtempSync, openSync, readlinkSync, rmSync } from "node:fs";
+import { closeSync, constants, mkdtempSync, openSync, readdirSync, readlinkSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import { afterEach, test } from "node:test";
@@ -17,22 +17,31 @@ const LEGACY = process.env["VIRTIO_GUEST_PCI_LEGACY"] ?? "";
 const SHARED = process.env["VIRTIO_GUEST_PCI_SHARED"] ?? "";
 
 afterEach(async () => {
-  await virtio(["pci", "unbind", UNBOUND]);
+  if (driverOf(UNBOUND) !== "virtio-pci") await virtio(["pci", "unbind", UNBOUND]);
 });
 
-async function listed(address: string): Promise<ListedFunction> {
+async function list(): Promise<ListedFunction[]> {
   const { stdout, code } = await virtio(["pci", "list", "--json"]);
   assert.equal(code, 0);
   const { functions } = JSON.parse(stdout.toString()) as { functions: ListedFunction[] };
+  return functions;
+}
+
+async function listed(address: string): Promise<ListedFunction> {
+  return pick(await list(), address);
+}
+
+function pick(functions: readonly ListedFunction[], address: string): ListedFunction {
   const found = functions.find((each) => each.address === address);
   assert.ok(found !== undefined, `${address} is not among ${functions.map((each) => each.address).join(", ")}`);
   return found;
 }
 
 /** The disk that the kernel has made of the function. */
-async function diskOf(address: string): Promise<string> {
-  const [disk] = (await listed(address)).blockDevices;
-  assert.ok(disk !== undefined);
+function diskOf(address: string): string {
+  const folder = `/sys/bus/pci/devices/${address}`;
+  const [device = ""] = readdirSync(folder).filter((name) => /^virtio\d+$/.test(name));
+  const [disk = ""] = readdirSync(join(folder, device, "block"));
   return `/dev/${disk}`;
 }
 
@@ -41,7 +50,8 @@ function driverOf(address: string): string {
 }
 
 test("pci list shows a disk of the kernel, one of VFIO, and another class", async () => {
-  const unbound = await listed(UNBOUND);
+  const functions = await list();
+  const unbound = pick(functions, UNBOUND);
   assert.deepEqual(
     [unbound.type, unbound.driver, unbound.ready, unbound.inUse, unbound.advice],
     ["blk", "virtio-pci", false, [], `virtio pci bind ${UNBOUND}`],
@@ -49,19 +59,19 @@ test("pci list shows a disk of the kernel, one of VFIO, and another class", asyn
   assert.equal(typeof unbound.group, "number");
   assert.match(unbound.blockDevices[0] ?? "", /^vd[a-z]$/);
 
-  const split = await listed(SPLIT);
+  const split = pick(functions, SPLIT);
   assert.deepEqual([split.type, split.driver, split.groupViable, split.inUse], ["blk", "vfio-pci", true, []]);
   assert.deepEqual([split.ready, split.advice, split.blockDevices], [true, `virtio info pci:${SPLIT}`, []]);
 
-  const other = await listed(OTHER);
+  const other = pick(functions, OTHER);
   assert.notEqual(other.type, "blk");
   assert.equal(other.ready, false);
 
-  const legacy = await listed(LEGACY);
+  const legacy = pick(functions, LEGACY);
   assert.deepEqual([legacy.type, legacy.transitional, legacy.legacyOnly, legacy.ready], ["blk", true, true, false]);
   assert.equal(split.legacyOnly, false);
 
-  const shared = await listed(SHARED);
+  const shared = pick(functions, SHARED);
   assert.deepEqual([shared.groupViable, shared.ready], [false, false]);
   assert.match(shared.advice, /^group \d+ is not viable: the kernel uses /);
 });
@@ -80,7 +90,7 @@ test("pci bind and unbind a disk for real; each a second time changes nothing", 
   assert.equal(back.code, 0, back.stderr);
   assert.match(back.stderr, /had vfio-pci, has virtio-pci now\n$/);
   assert.deepEqual([driverOf(UNBOUND), (await listed(UNBOUND)).driverOverride], ["virtio-pci", null]);
-  assert.match(await diskOf(UNBOUND), /^\/dev\/vd/);
+  assert.match(diskOf(UNBOUND), /^\/dev\/vd[a-z]$/);
   assert.match((await virtio(["pci", "unbind", UNBOUND])).stderr, /has virtio-pci already, nothing to do\n/);
 });
 
@@ -110,7 +120,7 @@ test("a group that a process has open is not taken from it", async () => {
 });
 
 test("a disk that a process has for itself is refused", async () => {
-  const disk = await diskOf(UNBOUND);
+  const disk = diskOf(UNBOUND);
   const fd = openSync(disk, constants.O_RDONLY | constants.O_EXCL);
   try {
     const { code, stderr } = await virtio(["pci", "bind", UNBOUND]);
@@ -123,7 +133,7 @@ test("a disk that a process has for itself is refused", async () => {
 });
 
 test("a mounted disk is refused, by its mount point", async () => {
-  const disk = await diskOf(UNBOUND);
+  const disk = diskOf(UNBOUND);
   const folder = mkdtempSync(join(tmpdir(), "mount point-"));
   run("mkfs.minix", [disk]);
   run("mount", ["-t", "minix", disk, folder]);
@@ -138,7 +148,7 @@ test("a mounted disk is refused, by its mount point", async () => {
 });
 
 test("swap space is refused", async () => {
-  const disk = await diskOf(UNBOUND);
+  const disk = diskOf(UNBOUND);
   run("mkswap", [disk]);
   run("swapon", [disk]);
   try {
@@ -154,17 +164,19 @@ async function refused(disk: string, use: string): Promise<void> {
   const { code, stderr } = await virtio(["pci", "bind", UNBOUND]);
   assert.equal(code, 4);
   assert.ok(stderr.startsWith(`virtio: ERR_VIRTIO_BUSY: ${UNBOUND} (virtio blk) is in use: ${use} (`), stderr);
-  assert.equal(await diskOf(UNBOUND), disk);
+  assert.equal(diskOf(UNBOUND), disk);
 }
 
-test("doctor says that every transport works here, and which device is where", async () => {
+test("doctor says that PCI and vhost-vdpa work here, and which device is where", async () => {
   const { code, stdout } = await virtio(["doctor", "--json"]);
   assert.equal(code, 0);
   const { transports, findings } = JSON.parse(stdout.toString()) as {
     transports: Record<string, boolean>;
     findings: { section: string; name: string; status: string; message: string }[];
   };
-  assert.deepEqual([transports["vhost-user"], transports["pci"]], [true, true], stdout.toString());
+  assert.deepEqual(transports, { "vhost-user": true, "vhost-vdpa": true, pci: true }, stdout.toString());
+  const [device] = findings.filter(({ section, name }) => section === "vhost-vdpa" && name === "device");
+  assert.match(device?.message ?? "", /^\S+ \((?:block|type not known)\), \/dev\/vhost-vdpa-0, can be opened\.$/);
   const bound = findings.filter(({ section, name }) => section === "pci" && name === "bound");
   assert.ok(
     bound.some(({ message, status }) => status === "ok" && message.startsWith(`${SPLIT} (virtio blk), group `)),
