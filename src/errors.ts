@@ -7,6 +7,7 @@
 export type VirtioErrorCode =
   | "ERR_VIRTIO_ADDRESS"
   | "ERR_VIRTIO_BACKEND"
+  | "ERR_VIRTIO_BUSY"
   | "ERR_VIRTIO_CLOSED"
   | "ERR_VIRTIO_CONFIG"
   | "ERR_VIRTIO_CONNECT"

@@ -8,6 +8,7 @@ const EXIT = { ok: 0, failed: 1, usage: 2, device: 4 } as const;
 
 const DEVICE_CODES: readonly VirtioErrorCode[] = [
   "ERR_VIRTIO_BACKEND",
+  "ERR_VIRTIO_BUSY",
   "ERR_VIRTIO_CONNECT",
   "ERR_VIRTIO_DISCONNECTED",
   "ERR_VIRTIO_NATIVE_UNAVAILABLE",

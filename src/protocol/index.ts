@@ -1,4 +1,5 @@
 /** What both sides of a boundary agree on, as pure codecs: the subpath `virtio-driver/protocol`. */
 
 export * from "./blk.js";
+export * from "./pci-ids.js";
 export * from "./vhost-user.js";

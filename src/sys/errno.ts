@@ -47,3 +47,15 @@ export function systemError(result: number, syscall: string, what: string, advic
     { errno: code, syscall },
   );
 }
+
+/**
+ * The error for what a function of `node:fs` threw, as {@link systemError} makes it; what is no refusal of the kernel is
+ * thrown on.
+ *
+ * @param what what was attempted, with its values.
+ */
+export function fileError(error: unknown, what: string, advice?: string): VirtioError {
+  if (!(error instanceof Error && "errno" in error && typeof error.errno === "number")) throw error;
+  const syscall = "syscall" in error && typeof error.syscall === "string" ? error.syscall : "open";
+  return systemError(error.errno, syscall, what, advice);
+}

@@ -1,7 +1,7 @@
 /** What the kernel offers and Node.js does not: shared memory, event descriptors, descriptors over sockets. */
 
 export { closeFd, duplicateFd, ioctl } from "./descriptor.js";
-export { errnoName, systemError } from "./errno.js";
+export { errno, errnoName, fileError, systemError } from "./errno.js";
 export { EventFd } from "./eventfd.js";
 export {
   fallocate,
@@ -13,6 +13,7 @@ export {
   writeParts,
   writePartsLater,
 } from "./file.js";
+export { entries, readLink, readText } from "./kernel-files.js";
 export { addressOf, type MapOptions, mapShared, unmapShared } from "./mapping.js";
 export { createMemfd, fileSize, HUGE_PAGE_BYTES, type HugePageSize, MemfdSeal, memfdSeals } from "./memfd.js";
 export { registerRead, registerWrite, type RegisterWidth } from "./registers.js";
