@@ -74,9 +74,11 @@ async function driveByWorkers(disks: readonly BlockDevice[], job: Job, worker: U
   return Promise.all(
     ports.map(async (port) => {
       const thread = new Worker(worker);
+      // Both may come in one turn: to wait for the second after the first could miss it.
+      const ended = once(thread, "exit");
       thread.postMessage({ ports: [port], job } satisfies WorkerJob, [port]);
       const [count] = (await once(thread, "message")) as [Count];
-      await once(thread, "exit");
+      await ended;
       return count;
     }),
   );

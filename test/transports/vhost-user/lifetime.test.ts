@@ -268,7 +268,7 @@ describe("close", () => {
     ];
     for (const result of await Promise.allSettled(calls)) {
       assert.equal(result.status, "rejected");
-      assert.ok(virtioError("ERR_VIRTIO_CLOSED", "connect again")(result.reason));
+      assert.ok(virtioError("ERR_VIRTIO_CLOSED", "open it again")(result.reason));
     }
   });
 
