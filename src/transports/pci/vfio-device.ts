@@ -99,7 +99,6 @@ export class VfioDevice {
   /** Let go of all registers. The descriptor has to be closed after this: a mapping keeps the function busy. */
   close(): void {
     for (const registers of this.#registers) registers.close();
-    this.config.close();
   }
 
   #bar(bar: number): VfioRegionInfo {

@@ -156,6 +156,17 @@ test("PCI-DRV-09 registers of a BAR are mapped where the kernel allows it, in no
   }
 });
 
+test("a page of which only a part can be mapped is not mapped", (t) => {
+  const kernel = machine(t, {
+    regions: { 4: { flags: 0xf, size: 0x4000, sparse: [[0, 0x1800]] }, 7: { flags: 3, size: 256 } },
+  });
+  const opened = open(kernel);
+  opened.openRegisters(4, 0x1000, 0x10);
+  assert.deepEqual(mappedPages(), []);
+  opened.openRegisters(4, 0xff0, 0x10);
+  assert.deepEqual(mappedPages(), [[REGION(4) / 4096, 1]]);
+});
+
 test("PCI-DRV-04 registers that cannot be mapped are accessed at their width, aligned in the BAR", (t) => {
   const kernel = machine(t);
   const registers = open(kernel).openRegisters(0, 0x12, 8);
