@@ -24,15 +24,16 @@ static inline void device_barrier(void) {
 #endif
 }
 
-/* The register of `width` bytes at `offset` of a mapping; NULL when it is not wholly within, or not aligned. */
+/* The register of `width` bytes at `offset` of a mapping; NULL when it is not wholly within, or not aligned in memory. */
 static volatile void *register_at(napi_env env, const napi_value *args, int *width) {
   void *data;
   size_t length;
   int64_t offset = to_long(env, args[1]);
   *width = to_int(env, args[2]);
-  if ((*width != 1 && *width != 2 && *width != 4) || offset < 0 || offset % *width != 0) return NULL;
+  if ((*width != 1 && *width != 2 && *width != 4) || offset < 0) return NULL;
   if (!to_bytes(env, args[0], napi_uint8_array, &data, &length)) return NULL;
   if ((uint64_t)offset + (uint64_t)*width > length) return NULL;
+  if (((uintptr_t)data + (uint64_t)offset) % (unsigned)*width != 0) return NULL;
   return (volatile char *)data + offset;
 }
 

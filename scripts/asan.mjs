@@ -37,7 +37,7 @@ const TESTS = ["sys", "memory", "devices/blk/handover.test.js", "system/workers-
 
 /** Whether a report is an error, or a leak of memory that the addon allocated: its frame is right after malloc's. */
 function isOurs(report) {
-  return !report.includes("LeakSanitizer") || /#0 .*\n\s+#1 .*(syscalls|files)\.c:/.test(report);
+  return !report.includes("LeakSanitizer") || /#0 .*\n\s+#1 .*(syscalls|files|devices)\.c:/.test(report);
 }
 
 function main() {

@@ -1,7 +1,6 @@
 /** Registers of a device that are mapped into this process: single accesses of an exact width. */
 
-import { checkInteger, rangeError } from "../errors.js";
-import { systemError } from "./errno.js";
+import { rangeError, typeError } from "../errors.js";
 import { native } from "./native.js";
 
 /** Bytes that are accessed at once. */
@@ -11,11 +10,11 @@ export type RegisterWidth = 1 | 2 | 4;
  * Read a little-endian register by one access of `width` bytes, ordered with all accesses to memory around it.
  *
  * @param bytes a view of a mapping of the device.
- * @throws RangeError when it is not aligned to its width or not within `bytes`.
+ * @throws RangeError when it is not aligned to its width or not within `bytes`, which is empty after unmapping.
  */
 export function registerRead(bytes: Uint8Array, offset: number, width: RegisterWidth): number {
   const result = native().registerRead(bytes, offset, width);
-  if (result < 0) throw refused(result, bytes, offset, width);
+  if (result < 0) throw refused(bytes, offset, width);
   return result;
 }
 
@@ -23,15 +22,19 @@ export function registerRead(bytes: Uint8Array, offset: number, width: RegisterW
  * Write a little-endian register by one access of `width` bytes. Everything written to memory before is visible to
  * the device when it sees this.
  *
- * @throws RangeError when it is not aligned to its width or not within `bytes`.
+ * @param value the bits above the register's width do not count.
+ * @throws RangeError when it is not aligned to its width or not within `bytes`, which is empty after unmapping.
  */
 export function registerWrite(bytes: Uint8Array, offset: number, width: RegisterWidth, value: number): void {
   const result = native().registerWrite(bytes, offset, width, value);
-  if (result < 0) throw refused(result, bytes, offset, width);
+  if (result < 0) throw refused(bytes, offset, width);
 }
 
-function refused(result: number, bytes: Uint8Array, offset: number, width: RegisterWidth): Error {
-  checkInteger("offset", offset, 0, bytes.length - width);
-  if (offset % width !== 0) return rangeError("offset", `a multiple of ${width}`, offset);
-  return systemError(result, "register", `accessing ${width} bytes at ${offset}`);
+/** Which argument the addon has refused. */
+function refused(bytes: Uint8Array, offset: number, width: RegisterWidth): Error {
+  if (!(bytes instanceof Uint8Array)) return typeError("bytes", "a Uint8Array", bytes);
+  if (width !== 1 && width !== 2 && width !== 4) return rangeError("width", "1, 2 or 4", width);
+  const at = bytes.byteOffset + offset;
+  if (at % width !== 0) return rangeError("offset", `a register at a multiple of ${width} of its page`, at);
+  return rangeError("offset", `${width} bytes within the ${bytes.length} that are mapped`, offset);
 }
