@@ -80,6 +80,8 @@ export const BLK_LIFETIME_SIZE = 6;
 export const BLK_CONFIG_SIZE = 72;
 /** Offset of `writeback`, the only field that a driver may write. */
 export const BLK_CONFIG_WRITEBACK_OFFSET = 32;
+/** Offset of `num_queues`, a le16 that is there with MQ. */
+export const BLK_CONFIG_NUM_QUEUES_OFFSET = 34;
 
 /** Offset of `zoned.model`, behind the fields that this project reads otherwise. */
 export const BLK_CONFIG_ZONED_MODEL_OFFSET = 92;
@@ -182,7 +184,7 @@ export function decodeBlkConfig(bytes: Uint8Array, features: bigint): BlkConfig 
       },
     }),
     ...(has(BlkFeature.CONFIG_WCE) && { writeback: bytes[BLK_CONFIG_WRITEBACK_OFFSET] !== 0 }),
-    ...(has(BlkFeature.MQ) && { numQueues: view.getUint16(34, true) }),
+    ...(has(BlkFeature.MQ) && { numQueues: view.getUint16(BLK_CONFIG_NUM_QUEUES_OFFSET, true) }),
     ...(has(BlkFeature.DISCARD) && {
       discard: { maxSectors: u32(36), maxSegments: u32(40), alignment: u32(44) },
     }),
@@ -212,7 +214,7 @@ export function encodeBlkConfig(config: BlkConfig): Uint8Array {
   view.setUint16(26, topology?.minIoSize ?? 0, true);
   view.setUint32(28, topology?.optIoSize ?? 0, true);
   bytes[BLK_CONFIG_WRITEBACK_OFFSET] = config.writeback === true ? 1 : 0;
-  view.setUint16(34, config.numQueues ?? 0, true);
+  view.setUint16(BLK_CONFIG_NUM_QUEUES_OFFSET, config.numQueues ?? 0, true);
   view.setUint32(36, discard?.maxSectors ?? 0, true);
   view.setUint32(40, discard?.maxSegments ?? 0, true);
   view.setUint32(44, discard?.alignment ?? 0, true);

@@ -4,7 +4,19 @@
  * `docs/interop/vhost-user.rst`.
  */
 
-import { checkInteger, rangeError, VirtioError } from "../errors.js";
+import { checkInteger, rangeError } from "../errors.js";
+import {
+  blank,
+  bytesOf,
+  getU32,
+  getU64,
+  LITTLE_ENDIAN,
+  protocolError,
+  putU32,
+  putU64,
+  sized,
+  viewOf,
+} from "./structs.js";
 import {
   VHOST_USER_HEADER_SIZE,
   VHOST_USER_MAX_CONFIG_SIZE,
@@ -121,17 +133,12 @@ export interface VhostUserCodec<W, R> {
   decode(payload: Uint8Array): R;
 }
 
-const U32_MAX = 0xffff_ffff;
-const U64_MAX = 0xffff_ffff_ffff_ffffn;
 const VRING_FD_INDEX_MASK = 0xffn;
 const VRING_FD_NO_FD = 0x100n;
 const REGION_SIZE = 32;
 const TABLE_HEADER_SIZE = 8;
 const SINGLE_REGION_HEADER_SIZE = 8;
 const CONFIG_HEADER_SIZE = 12;
-
-/** The protocol speaks the byte order of the machine ("Message Specification"). */
-const LITTLE_ENDIAN = new Uint8Array(Uint16Array.of(1).buffer)[0] === 1;
 
 /**
  * Name a front-end request for a message to people: `SET_OWNER`, or `request 99` when there is none.
@@ -466,48 +473,6 @@ function getRegion(view: DataView, at: number): VhostUserRegion {
   };
 }
 
-function blank(size: number): DataView {
-  return new DataView(new ArrayBuffer(size));
-}
-
-function bytesOf(view: DataView): Uint8Array {
-  return new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
-}
-
-function viewOf(bytes: Uint8Array): DataView {
-  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-}
-
-function sized(payload: Uint8Array, size: number, what: string): DataView {
-  if (payload.length !== size) throw protocolError(`a ${what} has ${size} bytes, got ${payload.length}`);
-  return viewOf(payload);
-}
-
-function putU32(view: DataView, at: number, name: string, value: number): void {
-  view.setUint32(at, checkInteger(name, value, 0, U32_MAX), LITTLE_ENDIAN);
-}
-
-function getU32(view: DataView, at: number): number {
-  return view.getUint32(at, LITTLE_ENDIAN);
-}
-
-function putU64(view: DataView, at: number, name: string, value: number | bigint): void {
-  if (typeof value !== "bigint") {
-    view.setBigUint64(at, BigInt(checkInteger(name, value, 0)), LITTLE_ENDIAN);
-    return;
-  }
-  if (value < 0n || value > U64_MAX) throw rangeError(name, "a number from 0 to 2^64 - 1", value);
-  view.setBigUint64(at, value, LITTLE_ENDIAN);
-}
-
-function getU64(view: DataView, at: number): bigint {
-  return view.getBigUint64(at, LITTLE_ENDIAN);
-}
-
 function nameOf(table: Readonly<Record<string, number>>, request: number): string {
   return Object.keys(table).find((name) => table[name] === request) ?? `request ${request}`;
-}
-
-function protocolError(message: string): VirtioError {
-  return new VirtioError("ERR_VIRTIO_PROTOCOL", message);
 }
