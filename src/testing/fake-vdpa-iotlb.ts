@@ -44,27 +44,31 @@ export class FakeIotlb {
     return this.mappings.length;
   }
 
-  /** Do what a message says, by the kernel's rules; but what that would round is refused. */
+  /**
+   * Do what a message says, by the kernel's rules; but what that would round is refused. The kernel says EFAULT of
+   * every message that it understands and does not like, whatever the reason.
+   */
   apply(message: Uint8Array): void {
     const decoded = tryDecode(message);
     if (decoded === undefined) throw new Refusal(errno.EINVAL);
     const { type, asid, iova, size, uaddr, perm } = decoded;
-    if (asid !== 0 || size === 0n || iova + size > U64_END) throw new Refusal(errno.EINVAL);
-    if (iova % PAGE !== 0n || size % PAGE !== 0n || uaddr % PAGE !== 0n) throw new Refusal(errno.EINVAL);
+    if (size === 0n) throw new Refusal(errno.EINVAL);
+    if (asid !== 0 || iova + size > U64_END) throw new Refusal(errno.EFAULT);
+    if (iova % PAGE !== 0n || size % PAGE !== 0n || uaddr % PAGE !== 0n) throw new Refusal(errno.EFAULT);
     const hit = (mapping: Mapping): boolean => mapping.iova < iova + size && iova < mapping.iova + mapping.size;
     if (type === IotlbType.UPDATE) {
-      if (perm !== IotlbAccess.READ_WRITE) throw new Refusal(errno.EINVAL);
-      if (iova < this.range.first || iova + size - 1n > this.range.last) throw new Refusal(errno.EINVAL);
-      if (this.mappings.some(hit)) throw new Refusal(errno.EEXIST);
+      if (perm !== IotlbAccess.READ_WRITE) throw new Refusal(errno.EFAULT);
+      if (iova < this.range.first || iova + size - 1n > this.range.last) throw new Refusal(errno.EFAULT);
+      if (this.mappings.some(hit)) throw new Refusal(errno.EFAULT);
       const buffer = mapAgain(uaddr, size);
       if (buffer !== undefined) this.memory.add(iova, buffer);
       this.mappings.push({ iova, size, buffer });
     } else if (type === IotlbType.INVALIDATE) {
       // The address space itself goes with its last mapping.
-      if (this.mappings.length === 0) throw new Refusal(errno.EINVAL);
+      if (this.mappings.length === 0) throw new Refusal(errno.EFAULT);
       for (const mapping of this.mappings.filter(hit)) this.drop(mapping);
     } else {
-      throw new Refusal(errno.EINVAL);
+      throw new Refusal(errno.EFAULT);
     }
   }
 

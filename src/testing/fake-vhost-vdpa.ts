@@ -56,7 +56,7 @@ export interface FakeVhostVdpaOptions {
 /**
  * The kernel's side of a vhost-vdpa device, with a device behind it: for tests of what drives one, where no kernel has
  * any. It takes the bytes of ioctls and IOTLB messages, keeps the kernel's rules (who comes before the owner gets
- * EPERM, a mapping over another EEXIST, and so on; stricter than the kernel in what that rounds or ignores without
+ * EPERM, a mapping over another EFAULT, and so on; stricter than the kernel in what that rounds or ignores without
  * a word), finds the memory behind the addresses and serves real virtqueues there. It records all that was said, and
  * can refuse any call.
  *

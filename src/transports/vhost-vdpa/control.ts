@@ -30,11 +30,15 @@ const UNKNOWN_REQUEST: readonly number[] = [
 /** What to try, where it is other than what the errno says of itself. */
 const ADVICE: ReadonlyMap<number, string> = new Map([
   [errno.EPERM, "the device belongs to another process; it is bound to the one that used it first"],
-  [errno.ENOMEM, "the device keeps its memory in place: raise `ulimit -l`, ask for less, or free some"],
   [errno.ENODEV, "the device is gone; `vdpa dev show` lists those that are there"],
   [errno.EIO, "the device or the program that serves it failed; see the kernel's log"],
   [errno.ETIMEDOUT, "the program that serves the device did not answer; see whether it runs"],
 ]);
+
+/** The kernel says EFAULT whatever it does not like of a message, the limit of locked memory included. */
+const MAP_ADVICE =
+  "the kernel does not say why; a device in hardware keeps its memory in place, so raise `ulimit -l`, or ask for less; " +
+  "the kernel's log may tell more";
 
 /** One open device. Every call is one system call and waits for what the kernel does; none waits for I/O. */
 export class VdpaControl implements StatusRegister, RegionMapper {
@@ -199,7 +203,7 @@ export class VdpaControl implements StatusRegister, RegionMapper {
       this.#node.write(iotlbMessageCodec.encode({ version: this.iotlbVersion, asid: 0, iova, size, ...message }));
     } catch (error) {
       const what = message.type === IotlbType.UPDATE ? "mapping" : "unmapping";
-      throw this.#named(error, `${what} ${size} bytes at 0x${iova.toString(16)} for ${this.#peer}`);
+      throw this.#named(error, `${what} ${size} bytes at 0x${iova.toString(16)} for ${this.#peer}`, MAP_ADVICE);
     }
   }
 
@@ -250,9 +254,9 @@ export class VdpaControl implements StatusRegister, RegionMapper {
     }
   }
 
-  #named(error: unknown, what: string): unknown {
+  #named(error: unknown, what: string, advice?: string): unknown {
     if (!(error instanceof VirtioError) || error.errno === undefined) return error;
-    return systemError(-error.errno, error.syscall ?? "ioctl", what, ADVICE.get(error.errno));
+    return systemError(-error.errno, error.syscall ?? "ioctl", what, advice ?? ADVICE.get(error.errno));
   }
 }
 

@@ -228,7 +228,7 @@ export class VhostVdpa implements VirtioTransport {
    * Make memory that the device can reach: a sealed memory file at an address that the device can use.
    *
    * @throws VirtioError ERR_VIRTIO_MEMORY when no region or no address is left, ERR_VIRTIO_SYSCALL when the kernel
-   *   refuses: errno ENOMEM where a device keeps memory in place and the limit of `ulimit -l` is reached.
+   *   refuses: errno EFAULT, also where a device keeps memory in place and the limit of `ulimit -l` is reached.
    */
   async mapMemory(size: number, options: WaitOptions = {}): Promise<MemoryRegion> {
     checkInteger("size", size, 1);
