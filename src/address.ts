@@ -25,7 +25,8 @@ const SCHEMES: Readonly<Record<string, { readonly form: string; readonly open: O
 
 /**
  * Open the block device that `address` names: `vhost-user:PATH` for a back-end that listens on a Unix socket,
- * `vhost-vdpa:PATH` for a vhost-vdpa character device, `ram:SIZE` or `file:PATH` for the embedded back-end, started for this device alone in a child process.
+ * `vhost-vdpa:PATH` for a vhost-vdpa character device, `ram:SIZE` or `file:PATH` for the embedded back-end, started for
+ * this device alone in a child process.
  *
  * @throws VirtioError ERR_VIRTIO_ADDRESS for an address of no known form, and what `BlockDevice.open` and the
  *   transport throw. RangeError or TypeError for a wrong option.
@@ -44,7 +45,7 @@ export async function openBlock(address: string, options: OpenBlockOptions = {})
   if (scheme === undefined || rest === "") {
     const forms = Object.values(SCHEMES).map(({ form }) => form);
     const hint = address.startsWith("/")
-      ? `; for a socket write vhost-user:${address}, for an image file:${address}`
+      ? `; for a socket write vhost-user:${address}, for an image file:${address}, for a vDPA device vhost-vdpa:${address}`
       : "";
     throw new VirtioError(
       "ERR_VIRTIO_ADDRESS",

@@ -217,7 +217,7 @@ export class FakeVhostVdpa {
     const { name, detail } = FakeIotlb.describe(message);
     this.attempt(name, detail, "write", () => {
       if (!this.isOpen) throw new Refusal(errno.EBADF);
-      this.checkOwner();
+      if (!this.isOwned) throw new Refusal(errno.EFAULT);
       this.iotlb.apply(message);
     });
   }

@@ -53,7 +53,7 @@ describe("the owner", () => {
     const { kernel, node, ioctl, iotlb } = opened({}, false);
     const state = vringStateCodec.encode({ index: 0, num: 8 });
     assert.equal(ioctl(R.SET_VRING_NUM, state), "EPERM");
-    assert.equal(iotlb({}), "EPERM");
+    assert.equal(iotlb({}), "EFAULT");
     assert.equal(ioctl(R.GET_DEVICE_ID, new Uint8Array(4)), undefined);
     assert.equal(ioctl(R.SET_OWNER), undefined);
     assert.equal(ioctl(R.SET_OWNER), "EBUSY");
@@ -70,7 +70,7 @@ describe("the owner", () => {
     );
     assert.deepEqual(kernel.log.slice(0, 3), [
       "SET_VRING_NUM 0 8 -> EPERM",
-      "IOTLB_UPDATE 0x200000 4096 -> EPERM",
+      "IOTLB_UPDATE 0x200000 4096 -> EFAULT",
       "GET_DEVICE_ID",
     ]);
   });

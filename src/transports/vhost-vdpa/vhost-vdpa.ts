@@ -395,7 +395,11 @@ export class VhostVdpa implements VirtioTransport {
   }
 }
 
-/** Accepted wherever offered: many drivers in the kernel refuse to work without the first. */
+/**
+ * Accepted wherever offered. The addresses we pass are IOVAs, hence ACCESS_PLATFORM, without which many drivers in the
+ * kernel refuse to work. ORDER_PLATFORM asks for barriers fit for hardware: indices and flags of the rings are published
+ * by Atomics, which are sequentially consistent, and the notification behind them is a system call.
+ */
 const PLATFORM_FEATURES = VirtioFeature.ACCESS_PLATFORM | VirtioFeature.ORDER_PLATFORM;
 
 function checkTarget(target: VhostVdpaTarget): { name: string; open: () => VhostVdpaNode } {

@@ -118,7 +118,7 @@ describe("features", () => {
     assert.equal(kernel.features, known);
   });
 
-  test("BASIC-DRV-30 BASIC-DRV-31 VERSION_1 and the platform's features are accepted although nobody asks", async (t) => {
+  test("BASIC-DRV-30 BASIC-DRV-31 BASIC-DRV-35 VERSION_1 and the platform's features are accepted although nobody asks", async (t) => {
     const platform = VirtioFeature.ACCESS_PLATFORM | VirtioFeature.ORDER_PLATFORM;
     const { kernel, device } = await open(t, { features: VirtioFeature.VERSION_1 | platform | BlkFeature.FLUSH });
     assert.equal(await device.negotiate(0n), VirtioFeature.VERSION_1 | platform);
