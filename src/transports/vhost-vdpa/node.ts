@@ -23,6 +23,7 @@ const OPEN_FAILURES: ReadonlyMap<number, readonly [VirtioErrorCode, string]> = n
   [errno.ENODEV, ["ERR_VIRTIO_CONNECT", "the device behind it is gone; `vdpa dev show` lists those that are there"]],
   [errno.ENXIO, ["ERR_VIRTIO_CONNECT", "the device behind it is gone; `vdpa dev show` lists those that are there"]],
   [errno.EBUSY, ["ERR_VIRTIO_BUSY", "somebody has it open, and it serves one at a time; end the other program"]],
+  [errno.EIO, ["ERR_VIRTIO_CONNECT", "the device does not answer; where a program serves it, start that again"]],
   [errno.EACCES, ["ERR_VIRTIO_PERMISSION", "read and write permission is needed; change its owner or mode"]],
 ]);
 
