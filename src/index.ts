@@ -27,6 +27,10 @@ export {
   VhostUser,
   type VhostUserOptions,
   type VhostUserTarget,
+  VhostVdpa,
+  type VhostVdpaNode,
+  type VhostVdpaOptions,
+  type VhostVdpaTarget,
   type VirtioTransport,
   type WaitOptions,
 } from "./transports/index.js";

@@ -24,6 +24,7 @@ export const command = withDeviceOptions(
 Examples:
   virtio info ram:64M
   virtio info file:disk.img
+  virtio info vhost-vdpa:/dev/vhost-vdpa-0
   virtio info vhost-user:/run/disk.sock --json`,
   )
   .action(run);

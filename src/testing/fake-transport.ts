@@ -90,6 +90,17 @@ export class FakeQueue {
     if (this.device.publish()) this.completion.signal();
   }
 
+  /** Let the device look at the queue, then ask for the next notification; again if it took some and more came. */
+  serve(look: (queue: FakeQueue) => void): void {
+    const { device, completion } = this;
+    let before = -1;
+    while (completion.fd >= 0 && device.queue.base !== before) {
+      before = device.queue.base;
+      look(this);
+      if (completion.fd < 0 || !device.enableNotifications()) return;
+    }
+  }
+
   /** Notify the driver without a reason, as any device may. */
   interrupt(): void {
     this.completion.signal();
@@ -329,15 +340,10 @@ export class FakeTransport implements VirtioTransport {
     };
   }
 
-  /** Let the device look at a queue, then ask for the next notification; again if it took some and more came. */
   private serve(queue: FakeQueue): void {
-    const { device } = queue;
-    let before = -1;
-    while (this.ended === undefined && device.queue.base !== before) {
-      before = device.queue.base;
-      this.onNotify(queue);
-      if (this.ended !== undefined || !device.enableNotifications()) return;
-    }
+    queue.serve((each) => {
+      if (this.ended === undefined) this.onNotify(each);
+    });
   }
 
   private free(region: MemoryRegion): void {

@@ -9,3 +9,4 @@ export {
   FakeTransport,
   type FakeTransportOptions,
 } from "./fake-transport.js";
+export { FakeVhostVdpa, type FakeVhostVdpaOptions } from "./fake-vhost-vdpa.js";

@@ -8,3 +8,5 @@ export {
   waitOptions,
 } from "./transport.js";
 export { VhostUser, type VhostUserOptions, type VhostUserTarget } from "./vhost-user/vhost-user.js";
+export { VhostVdpa, type VhostVdpaOptions, type VhostVdpaTarget } from "./vhost-vdpa/vhost-vdpa.js";
+export type { VhostVdpaNode } from "./vhost-vdpa/node.js";

@@ -90,6 +90,16 @@ export class StatusSequence {
     this.#add(VirtioStatus.FAILED);
   }
 
+  /** FAILED, as far as the device lets itself be told: for one who has an error to report that matters more. */
+  giveUp(): void {
+    if ((this.#written & VirtioStatus.FAILED) !== 0) return;
+    try {
+      this.fail();
+    } catch {
+      // The device is unreachable, too, and nothing can be said to it.
+    }
+  }
+
   /** Whether the device has met an error from which only a reset recovers. */
   get needsReset(): boolean {
     return (this.#register.readStatus() & VirtioStatus.DEVICE_NEEDS_RESET) !== 0;

@@ -375,10 +375,18 @@ export class BlockDevice {
   }
 
   private async shutDown(): Promise<void> {
-    if (this.scheduler.failure === undefined) {
-      this.scheduler.setMode("event");
-      await Promise.all([this.scheduler.idle(DRAIN_TIMEOUT), this.handovers.callBack(DRAIN_TIMEOUT)]);
+    try {
+      if (this.scheduler.failure === undefined) {
+        this.scheduler.setMode("event");
+        await Promise.all([this.scheduler.idle(DRAIN_TIMEOUT), this.handovers.callBack(DRAIN_TIMEOUT)]);
+      }
+    } finally {
+      // Also when there was no descriptor left to wait with.
+      await this.shutOff();
     }
+  }
+
+  private async shutOff(): Promise<void> {
     const closed = new VirtioError("ERR_VIRTIO_CLOSED", `${this.address} is closed; open it again`);
     // From here on nobody looks at the memory, which is about to go. What is still in flight is told only when
     // the device cannot touch it any more.

@@ -179,9 +179,14 @@ export async function startBlkQueues(
     queues.map((queue) => queue.setup),
     waitOptions(options),
   );
-  queues.forEach((queue, i) => {
-    queue.start(notifiers[i], mode);
-  });
+  try {
+    queues.forEach((queue, i) => {
+      queue.start(notifiers[i], mode);
+    });
+  } catch (error) {
+    for (const queue of queues) queue.stop();
+    throw error;
+  }
   return { queues, notifiers, pool, bounce, regions };
 }
 
