@@ -73,8 +73,9 @@ export async function runTestFile(file: string, silenceMs: number, say: (news: T
   say({ type: "file-end", file, error });
 }
 
-/** The error of a test as text; Node wraps what was thrown. */
-function describe(error: Error & { readonly cause?: unknown }): string {
-  const thrown = error.cause ?? error;
-  return thrown instanceof Error ? inspect(thrown) : inspect(error);
+/** The error of a test as text; Node wraps what was thrown, and the end of a process. */
+function describe(error: Error & { readonly exitCode?: number | null; readonly signal?: string | null }): string {
+  if (error.cause instanceof Error) return inspect(error.cause);
+  if (error.exitCode === undefined) return error.message;
+  return `its process ended with ${error.signal ?? `status ${error.exitCode}`}`;
 }
