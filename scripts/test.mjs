@@ -55,9 +55,9 @@ if (process.env.VIRTIO_REQUIRE_PEERS === "1" && skipped.length > 0) {
 }
 
 /** Run test files and print the report; failures go to the exit code, what was skipped to `skipped`. */
-async function runFiles(sources, options) {
-  if (sources.length === 0) return;
-  const events = run({ files: sources.map(compiled), ...options });
+async function runFiles(list, options) {
+  if (list.length === 0) return;
+  const events = run({ files: list.map(compiled), ...options });
   events.on("test:fail", () => {
     process.exitCode = 1;
   });

@@ -87,6 +87,16 @@ test("MSI-X: a vector a queue and one for the configuration, too few, none", () 
   assert.equal(readFileSync(join(sysfs("INTX"), "config")).readUInt8(0x3d), 1, "no INTx pin");
 });
 
+test("PACKED offers packed rings, all disks behind the IOMMU two queues", async () => {
+  for (const name of GUEST_FUNCTION_NAMES.filter((known) => GUEST_FUNCTIONS[known].disk && known !== "LEGACY")) {
+    const property = (of: string) => qmp("qom-get", { path: `/machine/peripheral/${name}`, property: of });
+    assert.equal(await property("packed"), name === "PACKED");
+    assert.equal(await property("num-queues"), 2);
+    assert.equal(await property("iommu_platform"), true);
+    assert.equal(await property("ats"), true);
+  }
+});
+
 test("/dev/vfio/vfio and the IOMMU are there", () => {
   assert.ok(statSync("/dev/vfio/vfio").isCharacterDevice());
   assert.ok(readdirSync("/sys/class/iommu").length > 0);

@@ -5,7 +5,7 @@
 
 /** A PCI function of the guest. */
 export interface GuestFunction {
-  /** Arguments of QEMU's `-device` behind the type; `#` stands for the disk's node name. */
+  /** QEMU's `-device`, which gets the function's name as its id; `#` stands for that name, which the disk has too. */
   readonly device: string;
   /** Whether it is a disk, with an image on the host. */
   readonly disk: boolean;
@@ -69,9 +69,12 @@ export const GUEST_DISK_BYTES = 24 * 1024 * 1024;
 /** Memory of the guest. */
 export const GUEST_MEMORY_MIB = 1536;
 
+/** Slots below are taken by what has no function of ours: host bridge, virtio-serial, shared folders. */
+const FIRST_PORT_SLOT = 8;
+
 /** The slot of a function's root port on bus 0, as QEMU's `addr=` takes it and as the guest's sysfs names it. */
 export function portSlot(name: GuestFunctionName): { readonly addr: string; readonly address: string } {
-  const slot = (4 + GUEST_FUNCTION_NAMES.indexOf(name)).toString(16);
+  const slot = (FIRST_PORT_SLOT + GUEST_FUNCTION_NAMES.indexOf(name)).toString(16);
   return { addr: `0x${slot}`, address: `0000:00:${slot.padStart(2, "0")}.0` };
 }
 

@@ -2,6 +2,7 @@
 
 import assert from "node:assert/strict";
 import { writeFileSync } from "node:fs";
+import { finished } from "node:stream/promises";
 import { after, run, test } from "node:test";
 import { fileURLToPath } from "node:url";
 import type { TestNews } from "../guest/protocol.js";
@@ -117,13 +118,11 @@ async function outside(news: readonly TestNews[], death?: string): Promise<strin
     test("guest", (t) => reportGuest(t, news()));`,
   );
   const said: string[] = [];
-  for await (const event of run({ files: [file] })) {
-    if (event.type === "test:stdout") said.push(`prints ${event.data.message.trim()}`);
-    if (event.type !== "test:pass" && event.type !== "test:fail") continue;
-    const { name, skip } = event.data;
-    const reason = event.type === "test:fail" ? String(event.data.details.error.cause) : "";
-    said.push(`${name}: ${skip === undefined ? (event.type === "test:pass" ? "pass" : reason) : `skip ${skip}`}`);
-  }
+  const events = run({ files: [file] });
+  events.on("test:stdout", ({ message }) => said.push(`prints ${message.trim()}`));
+  events.on("test:pass", ({ name, skip }) => said.push(`${name}: ${skip === undefined ? "pass" : `skip ${skip}`}`));
+  events.on("test:fail", ({ name, details }) => said.push(`${name}: ${String(details.error.cause)}`));
+  await finished(events.resume());
   return said;
 }
 

@@ -75,9 +75,10 @@ export async function* runInGuest({ root, files, log = () => undefined }: GuestR
           patience,
         );
       });
-      const { value: message, done } = await Promise.race([lines.next(), silence]);
+      const next = await Promise.race([lines.next(), silence]);
       clearTimeout(overdue);
-      if (done === true) throw broken(`the guest ended too early (${current}): ${await machine.ended}`);
+      if (next.done === true) throw broken(`the guest ended too early (${current}): ${await machine.ended}`);
+      const message = next.value;
       switch (message.type) {
         case "ready":
           booted = true;
@@ -148,7 +149,7 @@ class WorkFolder {
 
 /** What tests in the guest see of our environment. */
 function testEnvironment(): Record<string, string> {
-  const names = ["PATH", "NODE_OPTIONS", "NODE_V8_COVERAGE", "VIRTIO_REQUIRE_PEERS", "VIRTIO_NATIVE_PATH"];
+  const names = ["PATH", "NODE_V8_COVERAGE", "VIRTIO_REQUIRE_PEERS"];
   return Object.fromEntries(
     names.flatMap((name) => {
       const value = process.env[name];

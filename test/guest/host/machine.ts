@@ -99,7 +99,7 @@ export class Machine {
   }
 
   /** Lines of the guest, until QEMU ends. */
-  async *lines(): AsyncGenerator<FromGuest> {
+  async *lines(): AsyncGenerator<FromGuest, void> {
     const lines = new Lines();
     try {
       for await (const text of this.#port) {
@@ -180,7 +180,7 @@ export class Machine {
       }
       const port = `port-${name}`;
       list.push("-device", `pcie-root-port,id=${port},chassis=${index + 1},addr=${portSlot(name).addr}`);
-      list.push("-device", `${device.replaceAll("#", name)},bus=${port},addr=0x0`);
+      list.push("-device", `${device.replaceAll("#", name)},id=${name},bus=${port},addr=0x0`);
     }
     // The second function of SHARED's slot: without ACS the two are one IOMMU group.
     const { device } = GUEST_FUNCTIONS.OTHER;

@@ -1,7 +1,8 @@
 /** Runs one test file in a process of its own and says of each test when it begins and how it ends. */
 
 import { existsSync } from "node:fs";
-import { run } from "node:test";
+import { finished } from "node:stream/promises";
+import { type EventData, run } from "node:test";
 import { inspect } from "node:util";
 import type { TestNews } from "../protocol.js";
 
@@ -30,40 +31,40 @@ export async function runTestFile(file: string, silenceMs: number, say: (news: T
   const open: Open[] = [];
   let error: string | undefined;
   let tests = 0;
-  for await (const event of run({ files: [file], signal: silence.signal })) {
-    timer.refresh();
-    if (event.type === "test:stdout" || event.type === "test:stderr") {
-      say({ type: "output", text: event.data.message });
-    } else if (event.type === "test:dequeue") {
-      const { name, nesting } = event.data;
-      if (name === file) continue;
-      tests++;
-      const around = open.filter((test) => test.nesting < nesting).map((test) => test.title);
-      const test: Open = { id: nextId++, nesting, title: name };
-      open.push(test);
-      say({ type: "begin", id: test.id, file, name: [...around, name].join(" > ") });
-    } else if (event.type === "test:pass" || event.type === "test:fail") {
-      const { name, nesting, skip, todo, details } = event.data;
-      const failure = event.type === "test:fail" ? describe(event.data.details.error) : undefined;
-      if (name === file) {
-        // The process itself failed; of a file whose tests failed Node says so too, and that is known by then.
-        error = failure;
-        continue;
-      }
-      const index = open.findIndex((test) => test.nesting === nesting && test.title === name);
-      if (index < 0) throw new Error(`"${name}" ended and never began`);
-      const [{ id }] = open.splice(index, 1);
-      const reason = skip === undefined ? todo : skip;
-      say({
-        type: "end",
-        id,
-        outcome: failure === undefined ? "pass" : "fail",
-        skip: reason === undefined || reason === false ? undefined : reason === true ? "no reason given" : reason,
-        error: failure,
-        durationMs: details.duration_ms,
-      });
+  const events = run({ files: [file], signal: silence.signal });
+  const print = ({ message }: { readonly message: string }): void => say({ type: "output", text: message });
+  events.on("test:stdout", print).on("test:stderr", print);
+  events.on("test:dequeue", ({ name, nesting }) => {
+    if (name === file) return;
+    tests++;
+    const around = open.filter((test) => test.nesting < nesting).map((test) => test.title);
+    const test: Open = { id: nextId++, nesting, title: name };
+    open.push(test);
+    say({ type: "begin", id: test.id, file, name: [...around, name].join(" > ") });
+  });
+  const end = ({ name, nesting, skip, todo, details }: EventData.TestPass | EventData.TestFail): void => {
+    const failure = "error" in details ? describe(details.error) : undefined;
+    if (name === file) {
+      // Only when the process itself failed, not for a test in it.
+      error = failure;
+      return;
     }
-  }
+    const index = open.findIndex((test) => test.nesting === nesting && test.title === name);
+    if (index < 0) throw new Error(`"${name}" ended and never began`);
+    const [{ id }] = open.splice(index, 1);
+    const reason = skip ?? todo ?? false;
+    say({
+      type: "end",
+      id,
+      outcome: failure === undefined ? "pass" : "fail",
+      skip: reason === false ? undefined : reason === true ? "no reason given" : reason,
+      error: failure,
+      durationMs: details.duration_ms,
+    });
+  };
+  events.on("test:pass", end).on("test:fail", end);
+  events.on("data", () => timer.refresh());
+  await finished(events);
   clearTimeout(timer);
   if (silence.signal.aborted) error = `nothing heard for ${silenceMs / 1000} s, then killed`;
   else if (error === undefined && tests === 0) error = "it has no tests";
