@@ -75,14 +75,26 @@ test("a file that dies fails the test it was in, and itself", async () => {
     test("hangs", () => new Promise(() => setInterval(() => {}, 1000)));`,
   );
   const news: TestNews[] = [];
+  let killed = false;
   await runTestFile(file, PATIENT_MS, (item) => {
     news.push(item);
     const pid = news.flatMap((earlier) => (earlier.type === "output" ? [Number(earlier.text)] : []))[0];
-    const hangs = news.some((earlier) => earlier.type === "begin");
-    if (pid !== undefined && hangs && item.type !== "end" && item.type !== "file-end") process.kill(pid, "SIGKILL");
+    if (pid === undefined || killed || !news.some((earlier) => earlier.type === "begin")) return;
+    killed = true;
+    process.kill(pid, "SIGKILL");
   });
   const errors = news.flatMap((item) => (item.type === "end" || item.type === "file-end" ? [item.error] : []));
   assert.deepEqual(errors, ["its process ended with SIGKILL", "its process ended with SIGKILL"]);
+});
+
+test("a test that is cancelled before its turn has failed", async () => {
+  const { tests } = await inGuest(`
+    import { test } from "node:test";
+    test("around", (t) => { void t.test("running", () => new Promise(() => {})); void t.test("waiting", () => {}); });`);
+  assert.deepEqual(
+    tests.map(({ name, outcome }) => `${name}: ${outcome}`),
+    ["around > running: fail", "around > waiting: fail", "around: fail"],
+  );
 });
 
 test("a file fails whose process fails after its tests, that has no tests, or that is not there", async () => {

@@ -34,14 +34,15 @@ export async function runTestFile(file: string, silenceMs: number, say: (news: T
   const events = run({ files: [file], signal: silence.signal });
   const print = ({ message }: { readonly message: string }): void => say({ type: "output", text: message });
   events.on("test:stdout", print).on("test:stderr", print);
-  events.on("test:dequeue", ({ name, nesting }) => {
+  const begin = ({ name, nesting }: { readonly name: string; readonly nesting: number }): void => {
     if (name === file) return;
     tests++;
     const around = open.filter((test) => test.nesting < nesting).map((test) => test.title);
     const test: Open = { id: nextId++, nesting, title: name };
     open.push(test);
     say({ type: "begin", id: test.id, file, name: [...around, name].join(" > ") });
-  });
+  };
+  events.on("test:dequeue", begin);
   const end = ({ name, nesting, skip, todo, details }: EventData.TestPass | EventData.TestFail): void => {
     const failure = "error" in details ? describe(details.error) : undefined;
     if (name === file) {
@@ -49,9 +50,10 @@ export async function runTestFile(file: string, silenceMs: number, say: (news: T
       error = failure;
       return;
     }
-    const index = open.findIndex((test) => test.nesting === nesting && test.title === name);
-    if (index < 0) throw new Error(`"${name}" ended and never began`);
-    const [{ id }] = open.splice(index, 1);
+    const isIt = (test: Open) => test.nesting === nesting && test.title === name;
+    // A test that is cancelled before its turn ends without a beginning.
+    if (!open.some(isIt)) begin({ name, nesting });
+    const [{ id }] = open.splice(open.findIndex(isIt), 1);
     const reason = skip ?? todo ?? false;
     say({
       type: "end",
