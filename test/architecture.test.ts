@@ -25,7 +25,7 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   devices: [...DRIVER_FLOORS, "transports/transport.ts"],
   // Both sides meet only on the wire.
   backend: DRIVER_FLOORS,
-  testing: [...DRIVER_FLOORS, "transports/transport.ts", "backend"],
+  testing: [...DRIVER_FLOORS, "transports/transport.ts", "transports/pci/function.ts", "backend"],
   address: [...DRIVER_FLOORS, "transports", "devices", "backend"],
   index: [...DRIVER_FLOORS, "transports", "devices", "backend", "address"],
   cli: [...DRIVER_FLOORS, "transports", "devices", "backend", "address", "index"],

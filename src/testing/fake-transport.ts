@@ -50,7 +50,14 @@ const FIRST_IOVA = 0x5_4000_0000;
 const LAST_IOVA = 2 ** 46 - 1;
 const MAX_REGIONS = 8;
 
-/** The device's end of a started queue of a {@link FakeTransport}. */
+/** How a fake device tells its driver that it has used buffers. */
+export interface FakeInterrupt {
+  /** -1 when there is nobody to tell any more: the queue is stopped. */
+  readonly fd: number;
+  signal(): void;
+}
+
+/** The device's end of a started queue of a fake device. */
 export class FakeQueue {
   /** Queue index. */
   readonly index: number;
@@ -61,9 +68,9 @@ export class FakeQueue {
   /** The value of each notification that the driver sent. */
   readonly notifications: number[] = [];
 
-  private readonly completion: EventFd;
+  private readonly completion: FakeInterrupt;
 
-  constructor(setup: QueueSetup, device: FakeDevice, completion: EventFd) {
+  constructor(setup: QueueSetup, device: FakeDevice, completion: FakeInterrupt) {
     this.index = setup.index;
     this.setup = setup;
     this.device = device;
@@ -93,6 +100,21 @@ export class FakeQueue {
   /** Notify the driver without a reason, as any device may. */
   interrupt(): void {
     this.completion.signal();
+  }
+
+  /**
+   * Answer a notification: let the device look, then ask for the next notification; again if it took some and more came.
+   *
+   * @param onNotify - what the device does.
+   * @param isAlive - whether it may go on.
+   */
+  serve(onNotify: (queue: FakeQueue) => void, isAlive: () => boolean): void {
+    let before = -1;
+    while (isAlive() && this.device.queue.base !== before) {
+      before = this.device.queue.base;
+      onNotify(this);
+      if (!isAlive() || !this.device.enableNotifications()) return;
+    }
   }
 }
 
@@ -329,15 +351,8 @@ export class FakeTransport implements VirtioTransport {
     };
   }
 
-  /** Let the device look at a queue, then ask for the next notification; again if it took some and more came. */
   private serve(queue: FakeQueue): void {
-    const { device } = queue;
-    let before = -1;
-    while (this.ended === undefined && device.queue.base !== before) {
-      before = device.queue.base;
-      this.onNotify(queue);
-      if (this.ended !== undefined || !device.enableNotifications()) return;
-    }
+    queue.serve(this.onNotify, () => this.ended === undefined);
   }
 
   private free(region: MemoryRegion): void {
