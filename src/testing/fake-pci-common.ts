@@ -216,8 +216,10 @@ export class FakeCommon {
 
   private readStatus(): number {
     if (this.pendingReset === 0) this.reset();
-    if (this.pendingReset > 0) this.pendingReset--;
-    return this.status;
+    if (this.pendingReset < 0) return this.status;
+    this.pendingReset--;
+    // Anything but 0, also when it was 0 before.
+    return this.status === 0 ? VirtioStatus.ACKNOWLEDGE : this.status;
   }
 
   private writeStatus(value: number): void {

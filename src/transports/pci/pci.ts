@@ -163,17 +163,18 @@ export class Pci implements VirtioTransport {
     if (this.#phase !== "acknowledged") throw wrongOrder("features can be negotiated once; open the device again");
     this.#phase = "failed";
     const { common, status } = this.#device;
+    let features: bigint;
     try {
-      const features = this.#chooseFeatures(wanted);
+      features = this.#chooseFeatures(wanted);
       common.writeFeatures(features, this.offeredFeatures);
-      status.featuresOk(features);
-      this.#features = features;
-      this.#phase = "negotiated";
-      return features;
     } catch (error) {
       quietly(() => status.fail());
       throw error;
     }
+    status.featuresOk(features);
+    this.#features = features;
+    this.#phase = "negotiated";
+    return features;
   }
 
   /**
