@@ -343,7 +343,9 @@ export class FakePciFunction implements PciFunction {
     if (!this.regions.has(region)) throw rangeError("region", "one that is mapped", region.iova);
     for (const { setup } of this.running.values()) {
       const isInside = setup.descriptorArea >= region.iova && setup.descriptorArea < region.iova + region.size;
-      if (isInside && !this.isRemoved) this.violation(`the memory of queue ${setup.index} was unmapped while it ran`);
+      // One that may not access memory any more can be left alone.
+      if (isInside && this.isMaster && !this.isRemoved)
+        this.violation(`the memory of queue ${setup.index} was unmapped while it ran`);
     }
     this.regions.delete(region);
     this.memory.remove(region.buffer);
@@ -483,13 +485,13 @@ export class FakePciFunction implements PciFunction {
       },
     );
     this.running.set(index, queue);
-    if ((this.command & PciCommand.MASTER) === 0) this.violation(`queue ${index} was started without bus mastering`);
+    if (!this.isMaster) this.violation(`queue ${index} was started without bus mastering`);
   }
 
   private raise(vector: number, reason: number): void {
     if (this.isRemoved) return;
     if (this.vectors.length > 0) {
-      if ((this.command & PciCommand.MASTER) === 0) this.violation("an MSI-X message without bus mastering");
+      if (!this.isMaster) this.violation("an MSI-X message without bus mastering");
       this.vectors[vector]?.signal();
       return;
     }
@@ -505,6 +507,10 @@ export class FakePciFunction implements PciFunction {
 
   private get command(): number {
     return readField(this.space, PciConfigField.COMMAND.offset, PciConfigField.COMMAND.width);
+  }
+
+  private get isMaster(): boolean {
+    return (this.command & PciCommand.MASTER) !== 0;
   }
 
   private checkConfigAccess(offset: number, width: number): void {

@@ -21,9 +21,8 @@ export interface VectorPlan {
  * each; one for the config and one for all queues; one for all.
  */
 export function vectorPlans(queues: number, vectors: number): VectorPlan[] {
-  const counts = [Math.min(vectors, queues + 1), 2, 1].filter(
-    (count, i, all) => count <= vectors && count < (all[i - 1] ?? Number.POSITIVE_INFINITY),
-  );
+  const most = Math.min(vectors, queues + 1);
+  const counts = [...new Set([most, 2, 1])].filter((count) => count <= most);
   return counts.map((count) => ({
     count,
     config: 0,
@@ -120,28 +119,20 @@ export class PciInterrupts {
   }
 
   #connectMsix(queues: readonly InterruptQueue[]): void {
-    let cause: unknown;
-    for (const plan of vectorPlans(queues.length, this.#source.msixVectors)) {
-      try {
-        if (this.#tryPlan(plan, queues)) return;
-      } catch (error) {
-        // A machine that is short of vectors may have fewer.
-        if (plan.count === 1) throw error;
-        cause = error;
-      }
+    const { msixVectors, peer } = this.#source;
+    for (const plan of vectorPlans(queues.length, msixVectors)) {
+      if (this.#enable(plan, queues) && this.#tell(plan, queues)) return;
       this.disconnect();
     }
     throw new VirtioError(
       "ERR_VIRTIO_REJECTED",
-      `${this.#source.peer} takes no MSI-X vector, not even one for everything, though it has ` +
-        `${this.#source.msixVectors}; reset the function, or have it emulate INTx`,
-      { cause },
+      `${peer} takes no MSI-X vector, not even one for everything, though it has ${msixVectors}; reset the function, ` +
+        "or have it emulate INTx",
     );
   }
 
-  /** Enable the vectors of a plan and tell the device about them; false when it refuses one. */
-  #tryPlan(plan: VectorPlan, queues: readonly InterruptQueue[]): boolean {
-    const { fn, common } = this.#source;
+  /** Have MSI-X enabled with the vectors of a plan; false when there are not so many to be had, but perhaps fewer. */
+  #enable(plan: VectorPlan, queues: readonly InterruptQueue[]): boolean {
     const events = Array.from({ length: plan.count }, (_, vector) =>
       this.#eventOf(
         queues.filter((__, i) => plan.queues[i] === vector),
@@ -149,11 +140,21 @@ export class PciInterrupts {
       ),
     );
     queues.forEach(({ index }, i) => this.#vectors.set(index, plan.queues[i]));
-    // The device has the vectors that MSI-X was enabled with, so that comes first.
-    fn.setMsix(events);
+    try {
+      this.#source.fn.setMsix(events);
+      return true;
+    } catch (error) {
+      if (plan.count === 1) throw error;
+      return false;
+    }
+  }
+
+  /** Tell the device which vector each event has, now that they are enabled; false when it does not take one. */
+  #tell(plan: VectorPlan, queues: readonly InterruptQueue[]): boolean {
+    const { common } = this.#source;
     common.write(VirtioPciCommon.CONFIG_MSIX_VECTOR, plan.config);
     let isTaken = common.read(VirtioPciCommon.CONFIG_MSIX_VECTOR) === plan.config;
-    for (const { index } of queues) isTaken &&= this.#setQueueVector(index, this.#vectors.get(index) ?? 0);
+    queues.forEach(({ index }, i) => (isTaken &&= this.#setQueueVector(index, plan.queues[i])));
     if (isTaken) return true;
     common.write(VirtioPciCommon.CONFIG_MSIX_VECTOR, VIRTIO_MSI_NO_VECTOR);
     for (const { index } of queues) this.#setQueueVector(index, VIRTIO_MSI_NO_VECTOR);

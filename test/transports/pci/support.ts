@@ -6,6 +6,7 @@ import { VirtioError, type VirtioErrorCode } from "../../../src/errors.js";
 import { Pci, type PciOptions, type QueueNotifier } from "../../../src/transports/index.js";
 import { FakePciFunction, type FakePciOptions } from "../../../src/testing/index.js";
 import { VirtioFeature } from "../../../src/virtqueue/features.js";
+import { turnUntil } from "../../sys/helpers.js";
 import { place } from "../support.js";
 
 export const BASE = VirtioFeature.VERSION_1 | VirtioFeature.ACCESS_PLATFORM;
@@ -82,4 +83,14 @@ export function failure(code: VirtioErrorCode, words: string | RegExp = ""): (er
 /** The completion events that have been signalled, by queue index; they are not afterwards. */
 export function signalled(queues: readonly QueueNotifier[]): number[] {
   return queues.filter(({ completion }) => completion.drain()).map(({ index }) => index);
+}
+
+/** Wait until these queues have been signalled; which others were is returned with them. */
+export async function woken(queues: readonly QueueNotifier[], expected: readonly number[]): Promise<number[]> {
+  const got = new Set<number>();
+  await turnUntil(() => {
+    for (const index of signalled(queues)) got.add(index);
+    return expected.every((index) => got.has(index));
+  });
+  return [...got].sort((a, b) => a - b);
 }
