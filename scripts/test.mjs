@@ -1,7 +1,7 @@
 /**
- * Runs the compiled tests with Node's own runner: `npm test [-- WORD…]`, where a word picks the test files whose
- * path contains it. Builds first when a source is newer than its output. With VIRTIO_REQUIRE_PEERS=1 a skipped
- * test is a failure.
+ * Runs the compiled tests with Node's own runner: `npm test [-- [--without-guest] WORD…]`, where a word picks the
+ * test files whose path contains it. Builds first when a source is newer than its output. With
+ * VIRTIO_REQUIRE_PEERS=1 a skipped test is a failure.
  */
 import { spawnSync } from "node:child_process";
 import { existsSync, readdirSync, statSync } from "node:fs";
@@ -13,10 +13,14 @@ import { spec } from "node:test/reporters";
 
 /** No test file may take longer than this; a hang is a failure, not a wait. */
 const FILE_TIMEOUT_MS = 240_000;
+/** The test file that runs all of test/guest in a virtual machine; it watches over its time itself. */
+const GUEST = "test/system/guest.test.ts";
+const GUEST_TIMEOUT_MS = 30 * 60_000;
 
 process.chdir(join(import.meta.dirname, ".."));
 
-const words = process.argv.slice(2);
+const words = process.argv.slice(2).filter((word) => word !== "--without-guest");
+const withGuest = !process.argv.includes("--without-guest");
 const sources = ["src", "test", "bench", "examples"].filter(existsSync).flatMap(typescriptFiles);
 if (sources.some((source) => modified(compiled(source)) < modified(source)) || nativeIsStale()) {
   const build = spawnSync("npm", ["run", "--silent", "build"], { stdio: "inherit" });
@@ -24,30 +28,45 @@ if (sources.some((source) => modified(compiled(source)) < modified(source)) || n
 }
 
 const files = sources
-  .filter((source) => source.endsWith(".test.ts") && source.startsWith("test/"))
+  .filter((source) => source.endsWith(".test.ts") && source.startsWith("test/") && !source.startsWith("test/guest/"))
   .filter((source) => words.length === 0 || words.some((word) => source.includes(word)))
-  .map(compiled);
+  .filter((source) => withGuest || source !== GUEST);
 if (files.length === 0) {
   console.error(`no test file has ${words.join(" or ")} in its path`);
   process.exit(2);
 }
 
 const skipped = [];
-const events = run({ files, concurrency: Math.max(2, availableParallelism()), timeout: FILE_TIMEOUT_MS });
-events.on("test:fail", () => {
-  process.exitCode = 1;
-});
-events.on("test:pass", ({ name, skip }) => {
-  if (skip !== undefined) skipped.push(`${name}: ${skip === true ? "no reason given" : skip}`);
-});
-const report = events.compose(new spec());
-report.pipe(process.stdout);
-await finished(report);
+const concurrency = Math.max(2, availableParallelism());
+await runFiles(
+  files.filter((source) => source !== GUEST),
+  { concurrency, timeout: FILE_TIMEOUT_MS },
+);
+// By itself: it has as many processors as we have, and would take them from the others.
+await runFiles(
+  files.filter((source) => source === GUEST),
+  { timeout: GUEST_TIMEOUT_MS },
+);
 
 if (process.env.VIRTIO_REQUIRE_PEERS === "1" && skipped.length > 0) {
   console.error(`\nVIRTIO_REQUIRE_PEERS=1 allows no skipped test, and ${skipped.length} were skipped:`);
   for (const line of skipped) console.error(`  ${line}`);
   process.exitCode = 1;
+}
+
+/** Run test files and print the report; failures go to the exit code, what was skipped to `skipped`. */
+async function runFiles(list, options) {
+  if (list.length === 0) return;
+  const events = run({ files: list.map(compiled), ...options });
+  events.on("test:fail", () => {
+    process.exitCode = 1;
+  });
+  events.on("test:pass", ({ name, skip }) => {
+    if (skip !== undefined) skipped.push(`${name}: ${skip === true ? "no reason given" : skip}`);
+  });
+  const report = events.compose(new spec());
+  report.pipe(process.stdout, { end: false });
+  await finished(report);
 }
 
 /** All .ts files below `folder`, sorted. */

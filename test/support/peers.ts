@@ -19,6 +19,9 @@ const PACKAGES: Readonly<Record<string, string>> = {
   "qemu-img": "qemu-utils",
   "qemu-io": "qemu-utils",
   fio: "fio",
+  "qemu-system-x86_64": "qemu-system-x86",
+  vdpa: "iproute2",
+  "apt-get": "the guest's kernel comes from Debian's packages",
 };
 
 /**

@@ -1,0 +1,163 @@
+/** Boots the guest, runs test files in it, and passes on what happens there; with a diagnosis when it ends early. */
+
+import { mkdtempSync, readdirSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import type { TestNews } from "../protocol.js";
+import { buildGuest } from "./build.js";
+import { Machine } from "./machine.js";
+
+/** How long the guest may take until its devices are ready: some 10 s on an idle machine. */
+const BOOT_MS = 4 * 60_000;
+/** How long a test file may be silent, and then the guest as a whole. */
+const FILE_SILENCE_MS = 3 * 60_000;
+const GUEST_SILENCE_MS = 4 * 60_000;
+/** Lines of the console in an error. */
+const CONSOLE_LINES = 60;
+
+/** Programs without which there is no guest, in the order in which they are needed. */
+export const GUEST_PROGRAMS = [
+  ...["apt-get", "dpkg-deb", "flock", "setpriv"],
+  ...["qemu-system-x86_64", "qemu-storage-daemon", "vdpa"],
+];
+
+/** What is run in the guest. */
+export interface GuestRun {
+  /** The working tree whose compiled tests are run. */
+  readonly root: string;
+  /** Test files, absolute paths; default: all in the root's dist/test/guest. */
+  readonly files?: readonly string[];
+  /** Hears of the build and the boot. */
+  readonly log?: (line: string) => void;
+}
+
+/** The compiled test files for the guest in a working tree. */
+function guestTests(root: string): string[] {
+  const folder = join(root, "dist", "test", "guest");
+  return readdirSync(folder)
+    .filter((name) => name.endsWith(".test.js"))
+    .sort()
+    .map((name) => join(folder, name));
+}
+
+/**
+ * Run test files in the guest.
+ *
+ * @returns What happens there, as it happens.
+ * @throws GuestUnavailable when it cannot be built here.
+ * @throws Error with the end of its console when it does not boot, hangs or ends before the tests do.
+ */
+export async function* runInGuest({ root, files, log = () => undefined }: GuestRun): AsyncGenerator<TestNews> {
+  const guest = await buildGuest(log);
+  const folder = new WorkFolder();
+  const coverage = process.env["NODE_V8_COVERAGE"];
+  const machine = new Machine({
+    files: guest,
+    folder: folder.path,
+    root,
+    job: { files: files ?? guestTests(root), silenceMs: FILE_SILENCE_MS },
+    environment: testEnvironment(),
+    writable: coverage === undefined ? [] : [coverage],
+    shell: false,
+  });
+  const broken = (what: string) => new Error(`${what}; the end of its console:\n${tail(machine.console)}`);
+  const lines = machine.lines();
+  const start = performance.now();
+  let booted = false;
+  let current = "nothing has run yet";
+  let overdue: NodeJS.Timeout | undefined;
+  try {
+    for (;;) {
+      const patience = booted ? GUEST_SILENCE_MS : BOOT_MS;
+      const silence = new Promise<never>((_resolve, reject) => {
+        overdue = setTimeout(
+          () => reject(broken(`the guest was silent for ${patience / 1000} s (${current})`)),
+          patience,
+        );
+      });
+      const next = await Promise.race([lines.next(), silence]);
+      clearTimeout(overdue);
+      if (next.done === true) throw broken(`the guest ended too early (${current}): ${await machine.ended}`);
+      const message = next.value;
+      switch (message.type) {
+        case "ready":
+          booted = true;
+          log(`the guest was ready after ${((performance.now() - start) / 1000).toFixed(1)} s`);
+          break;
+        case "ask":
+          await machine.answer(message.id, message.question);
+          break;
+        case "broken":
+          throw broken(`the guest could not be prepared, or its runner failed (${current}): ${message.error}`);
+        case "done":
+          return;
+        default:
+          if (message.type === "file") current = `${message.file} began`;
+          if (message.type === "begin") current = `"${message.name}" began`;
+          yield message;
+      }
+    }
+  } finally {
+    clearTimeout(overdue);
+    await machine.stop();
+    folder.close();
+  }
+}
+
+/** A shell in the prepared guest, on this process's terminal; resolves when QEMU has ended. */
+export async function openShell(root: string, log: (line: string) => void): Promise<void> {
+  const files = await buildGuest(log);
+  const folder = new WorkFolder();
+  try {
+    const job = { files: [], silenceMs: FILE_SILENCE_MS };
+    const options = {
+      files,
+      folder: folder.path,
+      root,
+      job,
+      environment: testEnvironment(),
+      writable: [],
+      shell: true,
+    };
+    const machine = new Machine(options);
+    for await (const message of machine.lines()) {
+      if (message.type === "broken") log(message.error);
+      if (message.type === "ask") await machine.answer(message.id, message.question);
+    }
+    log(await machine.ended);
+  } finally {
+    folder.close();
+  }
+}
+
+/** A folder for images and the job, removed at the latest when this process exits or is told to. */
+class WorkFolder {
+  readonly path = mkdtempSync(join(tmpdir(), "virtio-guest-"));
+  readonly #exit = () => process.exit(1);
+
+  constructor() {
+    process.on("exit", this.close);
+    for (const signal of ["SIGINT", "SIGTERM"]) process.on(signal, this.#exit);
+  }
+
+  readonly close = (): void => {
+    process.off("exit", this.close);
+    for (const signal of ["SIGINT", "SIGTERM"]) process.off(signal, this.#exit);
+    rmSync(this.path, { recursive: true, force: true });
+  };
+}
+
+/** What tests in the guest see of our environment. */
+function testEnvironment(): Record<string, string> {
+  const names = ["PATH", "NODE_V8_COVERAGE", "VIRTIO_REQUIRE_PEERS"];
+  return Object.fromEntries(
+    names.flatMap((name) => {
+      const value = process.env[name];
+      return value === undefined ? [] : [[name, value]];
+    }),
+  );
+}
+
+function tail(text: string): string {
+  return text === "" ? "(it is empty)" : text.split("\n").slice(-CONSOLE_LINES).join("\n");
+}
