@@ -16,8 +16,9 @@ import type { PciSharedMemory } from "./capabilities.js";
 import type { PciFunction } from "./function.js";
 import { PciInterrupts } from "./interrupts.js";
 import { PciQueue, PciQueues } from "./queues.js";
+import { openVfio } from "./vfio.js";
 
-/** Options of {@link Pci.attach}. */
+/** Options of {@link Pci.open} and {@link Pci.attach}. */
 export interface PciOptions extends WaitOptions {
   /** Milliseconds that this and every later operation waits at most, unless it says otherwise. Default 10000. */
   readonly timeout?: number;
@@ -76,6 +77,17 @@ export class Pci implements VirtioTransport {
   #features = 0n;
   /** Generation of the config at the last interrupt that was about it. */
   #generation = 0;
+
+  /**
+   * Take a PCI function that is bound to vfio-pci, by its address as `lspci` shows it: `0000:00:04.0`. Nobody else can
+   * use it, or another function of its IOMMU group, until it is closed.
+   *
+   * @throws VirtioError ERR_VIRTIO_CONNECT when it is not there, not bound to vfio-pci, or has no IOMMU; ERR_VIRTIO_BUSY
+   *   when somebody has it; ERR_VIRTIO_PERMISSION; ERR_VIRTIO_UNSUPPORTED in the no-IOMMU mode; and as {@link attach}.
+   */
+  static async open(address: string, options: PciOptions = {}): Promise<Pci> {
+    return Pci.attach(openVfio(address), options);
+  }
 
   /**
    * Find the virtio device of a function, reset and acknowledge it. The function is the transport's from now on; it is
