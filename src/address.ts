@@ -4,7 +4,7 @@ import { spawnBackend } from "./backend/index.js";
 import { BlockDevice, type OpenBlockOptions } from "./devices/blk/index.js";
 import { typeError, VirtioError } from "./errors.js";
 import { parseSize } from "./size.js";
-import { VhostUser, VhostVdpa, type VirtioTransport, waitOptions } from "./transports/index.js";
+import { Pci, VhostUser, VhostVdpa, type VirtioTransport, waitOptions } from "./transports/index.js";
 
 /** Opens what stands behind the scheme of an address. */
 type Opener = (rest: string, options: OpenBlockOptions) => Promise<VirtioTransport>;
@@ -13,6 +13,7 @@ type Opener = (rest: string, options: OpenBlockOptions) => Promise<VirtioTranspo
 const SCHEMES: Readonly<Record<string, { readonly form: string; readonly open: Opener }>> = {
   "vhost-user": { form: "vhost-user:PATH", open: (path, options) => VhostUser.connect(path, waitOptions(options)) },
   "vhost-vdpa": { form: "vhost-vdpa:PATH", open: (path, options) => VhostVdpa.open(path, waitOptions(options)) },
+  pci: { form: "pci:DDDD:BB:DD.F", open: (address, options) => Pci.open(address, waitOptions(options)) },
   ram: {
     form: "ram:SIZE",
     open: (size, options) => embedded({ kind: "ram", size: parseSize(size, "ram:SIZE") }, options),
@@ -25,8 +26,8 @@ const SCHEMES: Readonly<Record<string, { readonly form: string; readonly open: O
 
 /**
  * Open the block device that `address` names: `vhost-user:PATH` for a back-end that listens on a Unix socket,
- * `vhost-vdpa:PATH` for a vhost-vdpa character device, `ram:SIZE` or `file:PATH` for the embedded back-end, started for
- * this device alone in a child process.
+ * `vhost-vdpa:PATH` for a vhost-vdpa character device, `pci:DDDD:BB:DD.F` for a PCI function that is bound to vfio-pci,
+ * `ram:SIZE` or `file:PATH` for the embedded back-end, started for this device alone in a child process.
  *
  * @throws VirtioError ERR_VIRTIO_ADDRESS for an address of no known form, and what `BlockDevice.open` and the
  *   transport throw. RangeError or TypeError for a wrong option.

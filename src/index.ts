@@ -22,6 +22,11 @@ export {
 export { ERR_VIRTIO_ARGUMENT, VirtioError, type VirtioErrorCode, type VirtioErrorDetails } from "./errors.js";
 export { BufferPool, DeviceBuffer, IovaSpace, MemoryRegion } from "./memory/index.js";
 export {
+  Pci,
+  type PciFunction,
+  type PciOptions,
+  type PciRegisters,
+  type PciSharedMemory,
   type QueueNotifier,
   type QueueSetup,
   VhostUser,

@@ -26,7 +26,13 @@ const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   // Both sides meet only on the wire.
   backend: DRIVER_FLOORS,
   // A fake takes the place of a kernel or a device at the seam of its transport.
-  testing: [...DRIVER_FLOORS, "transports/transport.ts", "transports/vhost-vdpa/node.ts", "backend"],
+  testing: [
+    ...DRIVER_FLOORS,
+    "transports/transport.ts",
+    "transports/vhost-vdpa/node.ts",
+    "transports/pci/function.ts",
+    "backend",
+  ],
   address: [...DRIVER_FLOORS, "transports", "devices", "backend"],
   index: [...DRIVER_FLOORS, "transports", "devices", "backend", "address"],
   cli: [...DRIVER_FLOORS, "transports", "devices", "backend", "address", "index"],

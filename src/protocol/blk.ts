@@ -88,6 +88,26 @@ export const BLK_CONFIG_ZONED_MODEL_OFFSET = 92;
 /** `VIRTIO_BLK_Z_HM` of `zoned.model`: a host-managed device, useless without zone commands. */
 export const BLK_ZONED_HOST_MANAGED = 1;
 
+/**
+ * Widths of the fields of `struct virtio_blk_config` up to and with `zoned.model`, from the first on; `capacity` and the
+ * padding are several. Where the config space is registers, each field is one access of its width (4.1.3.1).
+ */
+// biome-ignore format: a line for the fields of each feature
+export const BLK_CONFIG_WIDTHS: readonly (1 | 2 | 4)[] = [
+  4, 4, // capacity
+  4, // size_max
+  4, // seg_max
+  2, 1, 1, // geometry
+  4, // blk_size
+  1, 1, 2, 4, // topology
+  1, 1, // writeback
+  2, // num_queues
+  4, 4, 4, // discard
+  4, 4, 1, 1, 1, 1, // write_zeroes
+  4, 4, 4, // secure_erase
+  4, 4, 4, 4, 4, 1, // zoned
+];
+
 /** `struct virtio_blk_config` (5.2.4); a field whose feature is not there is undefined. */
 export interface BlkConfig {
   /** Size of the disk in sectors of 512 bytes. */

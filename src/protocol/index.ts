@@ -5,3 +5,4 @@ export * from "./device-status.js";
 export * from "./pci-ids.js";
 export * from "./vhost-user.js";
 export * from "./vhost-vdpa.js";
+export * from "./virtio-pci.js";

@@ -50,7 +50,14 @@ const FIRST_IOVA = 0x5_4000_0000;
 const LAST_IOVA = 2 ** 46 - 1;
 const MAX_REGIONS = 8;
 
-/** The device's end of a started queue of a {@link FakeTransport}. */
+/** How a fake device tells its driver that it has used buffers. */
+export interface FakeInterrupt {
+  /** -1 when there is nobody to tell any more: the queue is stopped. */
+  readonly fd: number;
+  signal(): void;
+}
+
+/** The device's end of a started queue of a fake device. */
 export class FakeQueue {
   /** Queue index. */
   readonly index: number;
@@ -61,9 +68,9 @@ export class FakeQueue {
   /** The value of each notification that the driver sent. */
   readonly notifications: number[] = [];
 
-  private readonly completion: EventFd;
+  private readonly completion: FakeInterrupt;
 
-  constructor(setup: QueueSetup, device: FakeDevice, completion: EventFd) {
+  constructor(setup: QueueSetup, device: FakeDevice, completion: FakeInterrupt) {
     this.index = setup.index;
     this.setup = setup;
     this.device = device;
@@ -90,20 +97,25 @@ export class FakeQueue {
     if (this.device.publish()) this.completion.signal();
   }
 
-  /** Let the device look at the queue, then ask for the next notification; again if it took some and more came. */
-  serve(look: (queue: FakeQueue) => void): void {
-    const { device, completion } = this;
-    let before = -1;
-    while (completion.fd >= 0 && device.queue.base !== before) {
-      before = device.queue.base;
-      look(this);
-      if (completion.fd < 0 || !device.enableNotifications()) return;
-    }
-  }
-
   /** Notify the driver without a reason, as any device may. */
   interrupt(): void {
     this.completion.signal();
+  }
+
+  /**
+   * Answer a notification: let the device look, then ask for the next notification; again if it took some and more came.
+   *
+   * @param onNotify what the device does.
+   * @param isAlive whether it may go on; it does not once the queue is closed.
+   */
+  serve(onNotify: (queue: FakeQueue) => void, isAlive: () => boolean = () => true): void {
+    const { device, completion } = this;
+    let before = -1;
+    while (completion.fd >= 0 && isAlive() && device.queue.base !== before) {
+      before = device.queue.base;
+      onNotify(this);
+      if (completion.fd < 0 || !isAlive() || !device.enableNotifications()) return;
+    }
   }
 }
 
@@ -341,9 +353,7 @@ export class FakeTransport implements VirtioTransport {
   }
 
   private serve(queue: FakeQueue): void {
-    queue.serve((each) => {
-      if (this.ended === undefined) this.onNotify(each);
-    });
+    queue.serve(this.onNotify, () => this.ended === undefined);
   }
 
   private free(region: MemoryRegion): void {

@@ -3,7 +3,15 @@
 export { type FakeBlkAnswer, FakeBlkRequest, takeBlk } from "./fake-blk.js";
 export { FakeDevice, type FakeDeviceOptions, FakeRequest, linearMemory } from "./fake-device.js";
 export {
+  type FakePciAccess,
+  type FakePciCall,
+  FakePciFunction,
+  type FakePciOptions,
+} from "./fake-pci.js";
+export type { FakePciCapability } from "./fake-pci-space.js";
+export {
   type FakeEvent,
+  type FakeInterrupt,
   FakeQueue,
   type FakeStep,
   FakeTransport,

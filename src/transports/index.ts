@@ -1,5 +1,8 @@
 /** The ways to reach a device. */
 
+export type { PciSharedMemory } from "./pci/capabilities.js";
+export type { PciFunction, PciRegisters } from "./pci/function.js";
+export { Pci, type PciOptions } from "./pci/pci.js";
 export {
   type QueueNotifier,
   type QueueSetup,
