@@ -20,10 +20,10 @@ const MAX_SEGMENTS = 126;
 /** Bytes of an element are a u32; the largest multiple of a sector in it. */
 const MAX_ELEMENT_BYTES = 2 ** 32 - SECTOR_SIZE;
 /**
- * Bytes of one request when the device names no limit, or an absurd one: more would only delay the
- * requests behind it.
+ * Bytes of one request when the device names no limit, or an absurd one: more would only delay the requests behind it.
+ * Behind an IOMMU it must not be more: QEMU takes 1024 pieces in a request, and there each page may be one.
  */
-const MAX_REQUEST_BYTES = 8 * 1024 * 1024;
+const MAX_REQUEST_BYTES = 2 * 1024 * 1024;
 
 /**
  * Compute the limits. `seg_max` absent or 0 means one data element, `size_max` absent or 0 means no

@@ -287,14 +287,14 @@ describe("BLK-DRV-31 limits of a request", () => {
   };
   const MIB = 1 << 20;
   const cases: readonly [Partial<BlkConfig>, OpenBlockOptions, readonly number[]][] = [
-    [{}, {}, [1, 2 ** 32 - 512, 8 * MIB]],
-    [{ segMax: 0 }, {}, [1, 2 ** 32 - 512, 8 * MIB]],
-    [{ segMax: 1 }, {}, [1, 2 ** 32 - 512, 8 * MIB]],
-    [{ segMax: 30 }, {}, [30, 2 ** 32 - 512, 8 * MIB]],
-    [{ segMax: 4000 }, {}, [126, 2 ** 32 - 512, 8 * MIB]],
-    [{ segMax: 30 }, { queueSize: 16 }, [14, 2 ** 32 - 512, 8 * MIB]],
-    [{ segMax: 30 }, { queueSize: 4, indirect: false }, [2, 2 ** 32 - 512, 8 * MIB]],
-    [{ sizeMax: 0, segMax: 4 }, {}, [4, 2 ** 32 - 512, 8 * MIB]],
+    [{}, {}, [1, 2 ** 32 - 512, 2 * MIB]],
+    [{ segMax: 0 }, {}, [1, 2 ** 32 - 512, 2 * MIB]],
+    [{ segMax: 1 }, {}, [1, 2 ** 32 - 512, 2 * MIB]],
+    [{ segMax: 30 }, {}, [30, 2 ** 32 - 512, 2 * MIB]],
+    [{ segMax: 4000 }, {}, [126, 2 ** 32 - 512, 2 * MIB]],
+    [{ segMax: 30 }, { queueSize: 16 }, [14, 2 ** 32 - 512, 2 * MIB]],
+    [{ segMax: 30 }, { queueSize: 4, indirect: false }, [2, 2 ** 32 - 512, 2 * MIB]],
+    [{ sizeMax: 0, segMax: 4 }, {}, [4, 2 ** 32 - 512, 2 * MIB]],
     [{ sizeMax: 4096, segMax: 4 }, {}, [4, 4096, 16384]],
     [{ sizeMax: 5000, segMax: 4 }, {}, [4, 4608, 18432]],
     [{ sizeMax: 100, segMax: 16 }, {}, [16, 100, 1536]],
