@@ -93,7 +93,7 @@ const VARIANTS: readonly Variant[] = [
 for (const name of ["SPLIT", "PACKED"] as const) {
   const { pci, address, skip } = guest(name);
 
-  describe(`${name}`, { skip }, () => {
+  describe(name, { skip }, () => {
     test("open and info", async () => {
       await using disk = await openBlock(address);
       const { info } = disk;
