@@ -335,8 +335,8 @@ export class PackedRing {
       if ((flags & USED_MASK) !== this.usedBits) return -1;
       id = desc16[at + ID16];
       if (id >= this.size || records[id << 2] === 0) throw this.fail(badId(id));
-      // len counts only when the device says that it wrote (2.8.5).
-      length = (flags & F_WRITE) === 0 ? 0 : this.desc[(this.nextUsed << 2) + 2] >>> 0;
+      // By 2.8.5 len counts only where WRITE is set. QEMU never sets it and means len all the same, as Linux takes it.
+      length = this.desc[(this.nextUsed << 2) + 2] >>> 0;
       if (inOrder) this.startBatch(id, length);
     }
     if (inOrder) {
