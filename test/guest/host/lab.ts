@@ -1,6 +1,8 @@
 /** Boots the guest, runs test files in it, and passes on what happens there; with a diagnosis when it ends early. */
 
-import { mkdtempSync, readdirSync, rmSync } from "node:fs";
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { mkdtempSync, readdirSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { TestNews } from "../protocol.js";
@@ -100,7 +102,7 @@ export async function* runInGuest({ root, files, log = () => undefined }: GuestR
   } finally {
     clearTimeout(overdue);
     await machine.stop();
-    folder.close();
+    await folder.close();
   }
 }
 
@@ -126,25 +128,26 @@ export async function openShell(root: string, log: (line: string) => void): Prom
     }
     log(await machine.ended);
   } finally {
-    folder.close();
+    await folder.close();
   }
 }
 
-/** A folder for images and the job, removed at the latest when this process exits or is told to. */
+/**
+ * A folder for images and the job. However this process ends, it is removed: by a child that waits for the end of its
+ * standard input, in a session of its own so that no signal to our group reaches it.
+ */
 class WorkFolder {
   readonly path = mkdtempSync(join(tmpdir(), "virtio-guest-"));
-  readonly #exit = () => process.exit(1);
+  readonly #cleaner = spawn("sh", ["-c", 'cat; rm -rf "$1"', "sh", this.path], {
+    stdio: ["pipe", "ignore", "inherit"],
+    detached: true,
+  });
+  readonly #removed = once(this.#cleaner, "exit");
 
-  constructor() {
-    process.on("exit", this.close);
-    for (const signal of ["SIGINT", "SIGTERM"]) process.on(signal, this.#exit);
+  async close(): Promise<void> {
+    this.#cleaner.stdin.end();
+    await this.#removed;
   }
-
-  readonly close = (): void => {
-    process.off("exit", this.close);
-    for (const signal of ["SIGINT", "SIGTERM"]) process.off(signal, this.#exit);
-    rmSync(this.path, { recursive: true, force: true });
-  };
 }
 
 /** What tests in the guest see of our environment. */
