@@ -1,6 +1,7 @@
 /**
- * Boots the guest and runs test files in it: `node scripts/guest.mjs [--root DIR] [--shell] [FILE…]`. FILE is a
- * compiled test, below --root (default: this working tree); without any, all of dist/test/guest. With --shell it
+ * Boots the guest and runs test files in it: `node scripts/guest.mjs [--root DIR] [--console] [--shell] [FILE…]`. FILE
+ * is a compiled test, below --root (default: this working tree); without any, all of dist/test/guest. With --console
+ * it prints what the kernel and QEMU say, as it comes. With --shell it
  * gives a shell in the guest instead, with the devices ready and the tests' variables set; Ctrl-A X ends it.
  */
 
@@ -13,7 +14,7 @@ import { parseArgs } from "node:util";
 const here = dirname(dirname(fileURLToPath(import.meta.url)));
 const { values, positionals } = parseArgs({
   allowPositionals: true,
-  options: { root: { type: "string" }, shell: { type: "boolean" } },
+  options: { root: { type: "string" }, shell: { type: "boolean" }, console: { type: "boolean" } },
 });
 const root = realpathSync(values.root ?? here);
 const files = positionals.map((file) => (isAbsolute(file) ? file : resolve(root, file)));
@@ -32,7 +33,8 @@ if (values.shell) {
 } else {
   const names = new Map();
   const counts = { pass: 0, fail: 0, skip: 0 };
-  for await (const news of runInGuest({ root, files: files.length > 0 ? files : undefined, log })) {
+  const onConsole = values.console ? (text) => process.stderr.write(text) : undefined;
+  for await (const news of runInGuest({ root, files: files.length > 0 ? files : undefined, log, onConsole })) {
     if (news.type === "file") console.log(relative(root, news.file));
     if (news.type === "output") process.stdout.write(news.text);
     if (news.type === "begin") names.set(news.id, news.name);

@@ -29,6 +29,8 @@ export interface GuestRun {
   readonly root: string;
   /** Test files, absolute paths; default: all in the root's dist/test/guest. */
   readonly files?: readonly string[];
+  /** Hears what the guest's console and QEMU say. */
+  readonly onConsole?: ((text: string) => void) | undefined;
   /** Hears of the build and the boot. */
   readonly log?: (line: string) => void;
 }
@@ -49,7 +51,8 @@ function guestTests(root: string): string[] {
  * @throws GuestUnavailable when it cannot be built here.
  * @throws Error with the end of its console when it does not boot, hangs or ends before the tests do.
  */
-export async function* runInGuest({ root, files, log = () => undefined }: GuestRun): AsyncGenerator<TestNews> {
+export async function* runInGuest(options: GuestRun): AsyncGenerator<TestNews> {
+  const { root, files, onConsole, log = () => undefined } = options;
   const guest = await buildGuest(log);
   const folder = new WorkFolder();
   const coverage = process.env["NODE_V8_COVERAGE"];
@@ -60,12 +63,14 @@ export async function* runInGuest({ root, files, log = () => undefined }: GuestR
     job: { files: files ?? guestTests(root), silenceMs: FILE_SILENCE_MS },
     environment: testEnvironment(),
     writable: coverage === undefined ? [] : [coverage],
+    onConsole,
     shell: false,
   });
   const broken = (what: string) => new Error(`${what}; the end of its console:\n${tail(machine.console)}`);
   const lines = machine.lines();
   const start = performance.now();
   let booted = false;
+  let failed = false;
   let current = "nothing has run yet";
   let overdue: NodeJS.Timeout | undefined;
   try {
@@ -94,8 +99,16 @@ export async function* runInGuest({ root, files, log = () => undefined }: GuestR
         case "done":
           return;
         default:
-          if (message.type === "file") current = `${message.file} began`;
+          if (message.type === "file") {
+            current = `${message.file} began`;
+            machine.takeConsole();
+            failed = false;
+          }
           if (message.type === "begin") current = `"${message.name}" began`;
+          if ("error" in message && message.error !== undefined) failed = true;
+          if (message.type === "file-end" && failed) {
+            yield { type: "output", text: `The console of the guest meanwhile:\n${machine.takeConsole()}\n` };
+          }
           yield message;
       }
     }

@@ -44,6 +44,8 @@ export interface MachineOptions {
   readonly environment: Readonly<Record<string, string>>;
   /** Folders of the host that the guest may write to, at the same path. */
   readonly writable: readonly string[];
+  /** Hears what the console and QEMU say, as it comes. */
+  readonly onConsole?: ((text: string) => void) | undefined;
   /** A person sits at the console: it is the terminal, with a shell on it. */
   readonly shell: boolean;
 }
@@ -56,6 +58,7 @@ export class Machine {
   readonly #monitor: Monitor;
   readonly #port: Duplex;
   #console = "";
+  #consoleNews = "";
 
   /** Start QEMU. */
   constructor(options: MachineOptions) {
@@ -77,6 +80,8 @@ export class Machine {
     for (const stream of [this.#child.stdout, this.#child.stderr]) {
       stream?.setEncoding("utf8").on("data", (text: string) => {
         this.#console = (this.#console + text).slice(-CONSOLE_CHARACTERS);
+        this.#consoleNews = (this.#consoleNews + text).slice(-CONSOLE_CHARACTERS);
+        options.onConsole?.(text);
       });
     }
     this.#ended = new Promise((resolve) => {
@@ -96,6 +101,13 @@ export class Machine {
   /** The last lines of the console and of QEMU's errors. */
   get console(): string {
     return this.#console.replaceAll("\r", "").trimEnd();
+  }
+
+  /** What the console and QEMU have said since the last call. */
+  takeConsole(): string {
+    const news = this.#consoleNews.replaceAll("\r", "");
+    this.#consoleNews = "";
+    return news;
   }
 
   /** Lines of the guest, until QEMU ends. */
