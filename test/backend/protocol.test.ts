@@ -23,7 +23,7 @@ import { VirtioFeature } from "../../src/virtqueue/index.js";
 import { ALL_PROTOCOL_FEATURES, MEMORY_BYTES, REGION, soon, turns } from "./front-end.js";
 import { backendFor, frontEndFor, mappings, openFds, pair, pattern, until } from "./support.js";
 
-const { STATUS } = VhostUserProtocolFeature;
+const { INFLIGHT_SHMFD, STATUS } = VhostUserProtocolFeature;
 const { RING_PACKED, VERSION_1 } = VirtioFeature;
 const WRITABLE = BlkFeature.FLUSH | BlkFeature.CONFIG_WCE;
 const R = VhostUserRequest;
@@ -35,7 +35,7 @@ describe("vhost-user back-end: messages", () => {
     const { front } = pair(t, { queues: 5 });
     assert.notEqual((await front.askU64(R.GET_FEATURES)) & VHOST_USER_F_PROTOCOL_FEATURES, 0n);
     const offered = await front.askU64(R.GET_PROTOCOL_FEATURES);
-    assert.equal(offered, ALL_PROTOCOL_FEATURES | STATUS);
+    assert.equal(offered, ALL_PROTOCOL_FEATURES | STATUS | INFLIGHT_SHMFD);
     front.send(R.SET_PROTOCOL_FEATURES, u64Codec.encode(offered));
     assert.equal(await front.askU64(R.GET_QUEUE_NUM), 5n);
     assert.equal(await front.askU64(R.GET_MAX_MEM_SLOTS), 64n);
@@ -137,7 +137,7 @@ describe("vhost-user back-end: messages", () => {
       "a request whose own reply is impossible",
       encodeVhostUserMessage(R.GET_VRING_BASE, 0x9, vringStateCodec.encode({ index: 7, num: 0 })),
     ],
-    ["an in-flight region, which was not offered", encodeVhostUserMessage(R.GET_INFLIGHT_FD, 0x9, new Uint8Array(24))],
+    ["an in-flight region without the feature", encodeVhostUserMessage(R.GET_INFLIGHT_FD, 0x9, new Uint8Array(24))],
     ["GET_FEATURES with a payload", encodeVhostUserMessage(R.GET_FEATURES, 0x1, new Uint8Array(8))],
   ];
   for (const [name, bytes] of fatal) {
