@@ -2,7 +2,7 @@
 
 import { checkInteger, VirtioError } from "../errors.js";
 import { VHOST_USER_MAX_QUEUES, type InflightPayload } from "../protocol/vhost-user.js";
-import { createMemfd, MemfdSeal, mapShared, memfdSeals, unmapShared } from "../sys/index.js";
+import { createMemfd, isLost, MemfdSeal, mapShared, memfdSeals, unmapShared } from "../sys/index.js";
 import type { DescriptorChain } from "../virtqueue/device-chain.js";
 import type { DeviceVirtqueue } from "../virtqueue/device.js";
 import { checkQueueSize } from "../virtqueue/layout.js";
@@ -118,7 +118,7 @@ export class InflightRegion {
     if (options.sealed && (memfdSeals(fd) & MemfdSeal.SHRINK) === 0) {
       throw lyingRegion("no seal against shrinking (F_SEAL_SHRINK), which is demanded here");
     }
-    this.buffer = mapShared(fd, size, { offset: Number(description.mmapOffset) });
+    this.buffer = mapShared(fd, size, { offset: Number(description.mmapOffset), guarded: true });
   }
 
   /**
@@ -134,6 +134,11 @@ export class InflightRegion {
     if (packed !== this.packed) throw lyingRegion("the layout of the other ring format");
     const length = inflightPartBytes(this.queueSize, packed);
     return inflightViews(this.buffer, index * length, length);
+  }
+
+  /** Whether the front-end took memory of it away. */
+  get isLost(): boolean {
+    return isLost(this.buffer);
   }
 
   /** Unmap it. No ring may use it any more. */

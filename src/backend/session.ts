@@ -21,6 +21,7 @@ import {
 import { closeFd } from "../sys/index.js";
 import { MAX_DEVICE_REGIONS } from "../virtqueue/device-memory.js";
 import { VirtioFeature } from "../virtqueue/features.js";
+import { BackChannel } from "./back-channel.js";
 import type { BlkDevice } from "./blk-device.js";
 import { BlkExecutor } from "./blk-executor.js";
 import { Connection, type Message } from "./connection.js";
@@ -33,6 +34,7 @@ import { type RingContext, Vring, type VringEvents } from "./vring.js";
 const PROTOCOL_FEATURES =
   VhostUserProtocolFeature.MQ |
   VhostUserProtocolFeature.REPLY_ACK |
+  VhostUserProtocolFeature.BACKEND_REQ |
   VhostUserProtocolFeature.CONFIG |
   VhostUserProtocolFeature.INFLIGHT_SHMFD |
   VhostUserProtocolFeature.RESET_DEVICE |
@@ -101,6 +103,11 @@ export class Session implements VringEvents {
   private readonly held = new Set<Vring>();
   private context: RingContext;
   private inflight: InflightRegion | undefined = undefined;
+  private channel: BackChannel | undefined = undefined;
+  /** Whether the config space changed and the front-end does not know. */
+  private unknownChange = false;
+  /** What changes the state of the session, one after the other. */
+  private work: Promise<unknown> = Promise.resolve();
   private protocolFeatures = 0n;
   private status = 0;
   private owned = false;
@@ -117,8 +124,36 @@ export class Session implements VringEvents {
     const end = new Promise<unknown>((resolve) => {
       ended = resolve;
     });
-    this.connection = new Connection(fd, (message) => this.handle(message), ended);
+    this.connection = new Connection(fd, (message) => this.alone(() => this.handle(message)), ended);
     this.closed = end.then((error) => this.release(error));
+  }
+
+  /** Let `change` the capacity while nothing is in flight, and tell the driver. */
+  resize(change: () => Promise<void>): Promise<void> {
+    return this.alone(async () => {
+      await this.hold(this.rings);
+      try {
+        await change();
+        this.configChanged();
+      } finally {
+        this.resume(this.rings);
+      }
+    });
+  }
+
+  /** Run `task` when no other one does. */
+  private alone(task: () => Promise<void>): Promise<void> {
+    const turn = this.work.then(task);
+    this.work = turn.catch(() => undefined); // Whoever waits for the turn hears of it.
+    return turn;
+  }
+
+  /** Tell the front-end as soon as it may be told: a device whose rings are all stopped is silent. */
+  private configChanged(): void {
+    this.unknownChange = true;
+    if (this.channel === undefined || !this.rings.some((ring) => ring.started)) return;
+    this.unknownChange = false;
+    this.channel.configChanged();
   }
 
   /** End the connection; requests in flight are finished first. */
@@ -132,6 +167,7 @@ export class Session implements VringEvents {
     if (error !== undefined) this.stats.failed(error);
     await this.hold(this.rings);
     for (const ring of this.rings) ring.reset();
+    this.channel?.close();
     this.inflight?.close();
     this.context.memory.close();
   }
@@ -212,6 +248,8 @@ export class Session implements VringEvents {
         return undefined;
       case VhostUserRequest.REM_MEM_REG:
         return this.removeRegion(message);
+      case VhostUserRequest.SET_BACKEND_REQ_FD:
+        return this.setChannel(message);
       case VhostUserRequest.GET_INFLIGHT_FD:
         return this.makeInflight(payload);
       case VhostUserRequest.SET_INFLIGHT_FD:
@@ -260,6 +298,7 @@ export class Session implements VringEvents {
         if (fd === undefined)
           throw refuse("SET_VRING_KICK came without a descriptor; this back-end does not only poll");
         ring.start(fd, this.context);
+        if (this.unknownChange) this.configChanged();
         this.wake(ring);
         return undefined;
       }
@@ -338,6 +377,15 @@ export class Session implements VringEvents {
     this.resume(this.rings);
   }
 
+  private setChannel(message: Message): undefined {
+    expectFds(message, 1);
+    const acknowledged = this.has(VhostUserProtocolFeature.REPLY_ACK);
+    const channel = new BackChannel(message.fds[0], acknowledged, (error) => this.stats.failed(error));
+    message.fds.pop();
+    this.channel?.close();
+    this.channel = channel;
+  }
+
   private makeInflight(payload: Uint8Array): Reply {
     const { rings, isPacked } = this;
     const { fd, description } = InflightRegion.create(inflightCodec.decode(payload), rings.length, isPacked);
@@ -363,6 +411,7 @@ export class Session implements VringEvents {
     const { config } = this.device;
     // A reply of length 0 says that the request failed ("VHOST_USER_GET_CONFIG").
     if (data.length === 0 || offset + data.length > config.length) return new Uint8Array(0);
+    this.unknownChange = false;
     return configCodec.encode({ offset, flags, data: config.subarray(offset, offset + data.length) });
   }
 
@@ -424,6 +473,20 @@ export class Session implements VringEvents {
     this.wake(ring);
   }
 
+  broke(): void {
+    // A driver that runs is told that its device needs a reset (virtio 1.3, 2.1.2).
+    if (this.has(VhostUserProtocolFeature.STATUS) && (this.status & STATUS_DRIVER_OK) !== 0) this.configChanged();
+  }
+
+  lost(): boolean {
+    if (!this.context.memory.isLost && this.inflight?.isLost !== true) return false;
+    for (const ring of this.rings) ring.abandon();
+    const why =
+      "the front-end took memory away that it shares (its file was truncated, or there are no huge pages left)";
+    this.connection.end(new VirtioError("ERR_VIRTIO_MEMORY", `${why}; nothing more can be done for it`));
+    return true;
+  }
+
   /** Have a ring looked at, when it may run now. */
   private wake(ring: Vring): void {
     if (this.mayRun(ring)) this.poller.wake(ring);
@@ -476,6 +539,7 @@ const TAKES_FDS: ReadonlySet<number> = new Set([
   VhostUserRequest.SET_MEM_TABLE,
   VhostUserRequest.ADD_MEM_REG,
   VhostUserRequest.REM_MEM_REG,
+  VhostUserRequest.SET_BACKEND_REQ_FD,
   VhostUserRequest.SET_INFLIGHT_FD,
   VhostUserRequest.SET_VRING_KICK,
   VhostUserRequest.SET_VRING_CALL,
@@ -487,6 +551,7 @@ const GATES: ReadonlyMap<number, bigint> = new Map([
   [VhostUserRequest.GET_QUEUE_NUM, VhostUserProtocolFeature.MQ],
   [VhostUserRequest.GET_CONFIG, VhostUserProtocolFeature.CONFIG],
   [VhostUserRequest.SET_CONFIG, VhostUserProtocolFeature.CONFIG],
+  [VhostUserRequest.SET_BACKEND_REQ_FD, VhostUserProtocolFeature.BACKEND_REQ],
   [VhostUserRequest.GET_INFLIGHT_FD, VhostUserProtocolFeature.INFLIGHT_SHMFD],
   [VhostUserRequest.SET_INFLIGHT_FD, VhostUserProtocolFeature.INFLIGHT_SHMFD],
   [VhostUserRequest.RESET_DEVICE, VhostUserProtocolFeature.RESET_DEVICE],

@@ -3,7 +3,7 @@
 import { readlinkSync } from "node:fs";
 import { checkInteger, VirtioError } from "../errors.js";
 import { type VringAddress, VRING_BASE_PACKED, VRING_BASE_SPLIT } from "../protocol/vhost-user.js";
-import { closeFd, EventFd, FdWatcher } from "../sys/index.js";
+import { closeFd, EventFd, FdWatcher, faultCounter } from "../sys/index.js";
 import { DescriptorChain } from "../virtqueue/device-chain.js";
 import { DeviceVirtqueue, ringAreas } from "../virtqueue/device.js";
 import type { RingArea } from "../virtqueue/device-ring.js";
@@ -36,6 +36,10 @@ export interface VringEvents {
   notified(ring: Vring): void;
   /** Requests that took their time have been answered: the driver may soon have more. */
   answered(ring: Vring): void;
+  /** A ring broke: the device needs a reset. */
+  broke(): void;
+  /** Some process took memory away from us: whether it was memory of this session, which then ends. */
+  lost(): boolean;
 }
 
 /** Requests, and bytes of data, before the answers are published and the next ring has its turn. */
@@ -72,6 +76,9 @@ export class Vring implements Pollable, CompletionSink {
   private inFlight = 0;
   /** Requests that the driver seems to keep in flight. */
   private depth = 2 * MAX_BATCH;
+  /** Counts losses of mapped memory; as many as `faultsSeen` have nothing to do with this ring. */
+  private readonly faults = faultCounter();
+  private faultsSeen = this.faults[0];
   private publishing: NodeJS.Immediate | undefined;
   private readonly onDrained: (() => void)[] = [];
   /** The mapping each area lies in, while it is started. */
@@ -239,11 +246,16 @@ export class Vring implements Pollable, CompletionSink {
       while (count < limit && stats.bytesRead + stats.bytesWritten < bytes && queue.pop(chain)) {
         count++;
         const written = executor.execute(chain, this);
+        // A request over memory that is gone had other data than the driver's: it must not count as done.
+        if (this.isLost()) return count;
         if (written >= 0) queue.push(chain.id, chain.ringCount, written);
       }
     } catch (error) {
+      // A ring whose memory is gone looks as if the driver had written nonsense.
+      if (this.isLost()) return count;
       this.breakDown(error);
     }
+    if (this.isLost()) return count;
     if (count > 0) {
       this.publish();
       this.adapt(count, queue);
@@ -290,6 +302,7 @@ export class Vring implements Pollable, CompletionSink {
       clearImmediate(this.publishing);
       this.publishing = undefined;
     }
+    if (this.isLost()) return;
     if (this.queue?.publish() !== true || this.call === undefined) return;
     this.stats.notifications++;
     try {
@@ -297,6 +310,20 @@ export class Vring implements Pollable, CompletionSink {
     } catch (error) {
       this.breakDown(error);
     }
+  }
+
+  /** Whether memory of the session is gone; then it has ended. */
+  private isLost(): boolean {
+    if (this.faults[0] === this.faultsSeen) return false;
+    this.faultsSeen = this.faults[0];
+    return this.events.lost();
+  }
+
+  /** Its memory is gone: take and answer nothing more. */
+  abandon(): void {
+    this.queue = undefined;
+    this.record = undefined;
+    this.executor = undefined;
   }
 
   private build(context: RingContext, base: number | undefined): void {
@@ -360,6 +387,7 @@ export class Vring implements Pollable, CompletionSink {
     } catch (signalError) {
       this.stats.failed(signalError);
     }
+    this.events.broke();
   }
 
   private closeKick(): void {

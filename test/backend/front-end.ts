@@ -128,6 +128,13 @@ export class FrontEnd {
     return this.receive(header.size);
   }
 
+  /** Read a message, whatever it is; returns its request. */
+  async anyReply(): Promise<number> {
+    const header = decodeVhostUserHeader(await this.receive(VHOST_USER_HEADER_SIZE));
+    if (header.size > 0) await this.receive(header.size);
+    return header.request;
+  }
+
   /** Send a request that has a reply of its own, and return that. */
   ask(request: number, payload?: Uint8Array, fds?: readonly number[]): Promise<Uint8Array> {
     this.send(request, payload, fds);
@@ -302,6 +309,11 @@ export class Ring {
     this.dataAt += Math.ceil(length / 16) * 16;
     assert.ok(this.dataAt <= MEMORY_BYTES, "the test needs more memory than it has");
     return at;
+  }
+
+  /** Use the room of requests that are finished for others. */
+  rewind(): void {
+    this.dataAt = DATA + this.index * RING_BYTES;
   }
 
   /** Make a request available; the device is not notified. */
