@@ -59,6 +59,12 @@ napi_value preadv_(napi_env env, const napi_value *args);
 napi_value pwritev_(napi_env env, const napi_value *args);
 napi_value fallocate_(napi_env env, const napi_value *args);
 
+/* guard.c */
+int guard(void *start, size_t span, size_t granule);
+void unguard(int number);
+bool is_lost(int number);
+napi_value fault_counter_(napi_env env, const napi_value *args);
+
 /* devices.c */
 napi_value address_(napi_env env, const napi_value *args);
 napi_value register_read_(napi_env env, const napi_value *args);

@@ -92,6 +92,7 @@ struct mapping {
   void *address;
   size_t span;
   bool mapped;
+  int guard; /* its number in guard.c; -1 when it is not guarded */
 };
 
 static const napi_type_tag mapping_tag = {0x76697274696f2d64, 0x7269766572206d6d};
@@ -100,7 +101,10 @@ static const napi_type_tag mapping_tag = {0x76697274696f2d64, 0x7269766572206d6d
 static void on_mapping_freed(napi_env env, void *data, void *hint) {
   (void)env, (void)data;
   struct mapping *mapping = hint;
-  if (mapping->mapped) munmap(mapping->address, mapping->span);
+  if (mapping->mapped) {
+    if (mapping->guard >= 0) unguard(mapping->guard);
+    munmap(mapping->address, mapping->span);
+  }
   free(mapping);
 }
 
@@ -125,10 +129,14 @@ static void *map_aligned(size_t span, size_t align, int protection, int fd, int6
   return MAP_FAILED;
 }
 
-/* mmap(fd, length, span, offset, align, writable): ArrayBuffer of `length` bytes; `span` >= length is what is mapped */
+/*
+ * mmap(fd, length, span, offset, align, writable, granule): ArrayBuffer of `length` bytes; `span` >= length is what is
+ * mapped. With a `granule` above 0, the size of its pages, it is guarded against the loss of its memory (see guard.c).
+ */
 static napi_value mmap_(napi_env env, const napi_value *args) {
   napi_value buffer;
   int64_t length = to_long(env, args[1]), span = to_long(env, args[2]), align = to_long(env, args[4]);
+  int64_t granule = to_long(env, args[6]);
   bool writable = false;
   napi_get_value_bool(env, args[5], &writable);
   if (length <= 0 || span < length || align <= 0) return from_long(env, -EINVAL);
@@ -143,6 +151,12 @@ static napi_value mmap_(napi_env env, const napi_value *args) {
     int problem = errno;
     free(mapping);
     return from_long(env, -problem);
+  }
+  mapping->guard = granule > 0 ? guard(mapping->address, mapping->span, (size_t)granule) : -1;
+  if (granule > 0 && mapping->guard < 0) {
+    int problem = mapping->guard;
+    on_mapping_freed(env, NULL, mapping);
+    return from_long(env, problem);
   }
   /* A runtime that allows no memory of its own in an ArrayBuffer (Electron) refuses here. */
   if (napi_create_external_arraybuffer(env, mapping->address, (size_t)length, on_mapping_freed, mapping, &buffer) !=
@@ -169,6 +183,7 @@ static napi_value munmap_(napi_env env, const napi_value *args) {
   /* Detaching may free the mapping's record, so it keeps nothing that is needed afterwards. */
   void *address = mapping->address;
   size_t span = mapping->span;
+  int number = mapping->guard;
   napi_remove_wrap(env, args[0], NULL);
   mapping->mapped = false;
   if (napi_detach_arraybuffer(env, args[0]) != napi_ok) {
@@ -176,7 +191,19 @@ static napi_value munmap_(napi_env env, const napi_value *args) {
     napi_wrap(env, args[0], mapping, NULL, NULL, NULL);
     return from_long(env, -EBUSY);
   }
+  if (number >= 0) unguard(number);
   return from_result(env, munmap(address, span));
+}
+
+/* isLost(buffer): whether a part of a guarded mapping was replaced */
+static napi_value is_lost_(napi_env env, const napi_value *args) {
+  struct mapping *mapping;
+  bool ours = false;
+  if (napi_check_object_type_tag(env, args[0], &mapping_tag, &ours) != napi_ok || !ours ||
+      napi_unwrap(env, args[0], (void **)&mapping) != napi_ok) {
+    return from_long(env, -EINVAL);
+  }
+  return from_long(env, mapping->guard >= 0 && is_lost(mapping->guard));
 }
 
 /* ---- event descriptors ---- */
@@ -511,7 +538,7 @@ static napi_value ioctl_(napi_env env, const napi_value *args) {
 
 static const struct named_function functions[] = {
     {"memfdCreate", memfd_create_}, {"ftruncate", ftruncate_}, {"fcntl", fcntl_}, {"fallocate", fallocate_},
-    {"mmap", mmap_}, {"munmap", munmap_}, {"eventfd", eventfd_}, {"drain", drain_}, {"watch", watch_},
+    {"mmap", mmap_}, {"munmap", munmap_}, {"isLost", is_lost_}, {"faultCounter", fault_counter_}, {"eventfd", eventfd_}, {"drain", drain_}, {"watch", watch_},
     {"watchRef", watch_ref_}, {"watchClose", watch_close_}, {"connect", connect_}, {"listen", listen_},
     {"accept", accept_}, {"socketpair", socketpair_}, {"sendmsg", sendmsg_}, {"recvmsg", recvmsg_}, {"close", close_},
     {"ioctl", ioctl_}, {"preadv", preadv_}, {"pwritev", pwritev_}, {"address", address_},

@@ -33,11 +33,17 @@ function testFiles(name) {
 }
 
 /** What is run: all that calls the addon directly, and threads that end in the midst of its calls. */
-const TESTS = ["sys", "memory", "devices/blk/handover.test.js", "system/workers-embedded.test.js"];
+const TESTS = [
+  "sys",
+  "memory",
+  "backend/withdrawn.test.js",
+  "devices/blk/handover.test.js",
+  "system/workers-embedded.test.js",
+];
 
 /** Whether a report is an error, or a leak of memory that the addon allocated: its frame is right after malloc's. */
 function isOurs(report) {
-  return !report.includes("LeakSanitizer") || /#0 .*\n\s+#1 .*(syscalls|files|devices)\.c:/.test(report);
+  return !report.includes("LeakSanitizer") || /#0 .*\n\s+#1 .*(syscalls|files|devices|guard)\.c:/.test(report);
 }
 
 function main() {

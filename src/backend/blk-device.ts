@@ -1,9 +1,9 @@
 /** A virtio-blk device without its queues: what it offers, its config space, its cache mode (virtio 1.3, 5.2). */
 
-import { checkInteger, rangeError, typeError } from "../errors.js";
+import { checkInteger, rangeError, typeError, VirtioError } from "../errors.js";
 import { BlkFeature, encodeBlkConfig, SECTOR_SIZE } from "../protocol/blk.js";
 import { VirtioFeature } from "../virtqueue/features.js";
-import { type BlockStorage, checkStorage } from "./storage.js";
+import { type BlockStorage, checkCapacity, checkStorage } from "./storage.js";
 
 /** Data elements that a request may have: a chain of 128 with header and status. */
 const SEG_MAX = 126;
@@ -37,7 +37,7 @@ export class BlkDevice {
   /** Feature bits in force. */
   features = 0n;
   /** Capacity in sectors. */
-  readonly sectors: number;
+  sectors: number;
   /** Whether a write must be safe before it is answered. */
   writeThrough = true;
   /** The answer to GET_ID. */
@@ -52,9 +52,7 @@ export class BlkDevice {
     this.queues = checkInteger("queues", queues, 1, 256);
     this.blockSize = checkInteger("blockSize", blockSize, SECTOR_SIZE, MAX_BLOCK_SIZE);
     if (!Number.isInteger(Math.log2(blockSize))) throw rangeError("blockSize", "a power of two", blockSize);
-    if (storage.capacity % blockSize !== 0) {
-      throw rangeError("blockSize", `a divisor of the capacity of ${storage.capacity} bytes`, blockSize);
-    }
+    this.checkBlocks(storage.capacity);
     if (typeof packed !== "boolean") throw typeError("packed", "a boolean", packed);
     this.sectors = storage.capacity / SECTOR_SIZE;
     this.id = new TextEncoder().encode(storage.id ?? "virtio-driver").slice(0, 20);
@@ -94,6 +92,28 @@ export class BlkDevice {
       }),
     );
     return bytes;
+  }
+
+  /**
+   * Give the storage another capacity, or take over the one it has by now. Nothing may be in flight.
+   *
+   * @throws RangeError when it is not in whole blocks, VirtioError ERR_VIRTIO_UNSUPPORTED when the storage cannot;
+   *   what the storage throws. The capacity stays as it was then, unless the storage's own did not.
+   */
+  async resize(bytes?: number): Promise<void> {
+    const { storage } = this;
+    if (bytes !== undefined) this.checkBlocks(checkCapacity("bytes", bytes, SECTOR_SIZE));
+    if (storage.resize === undefined) {
+      throw new VirtioError("ERR_VIRTIO_UNSUPPORTED", "the storage has no method resize, so the disk keeps its size");
+    }
+    await storage.resize(bytes);
+    this.checkBlocks(checkCapacity("storage.capacity", storage.capacity, 0));
+    this.sectors = storage.capacity / SECTOR_SIZE;
+  }
+
+  private checkBlocks(capacity: number): void {
+    const { blockSize } = this;
+    if (capacity % blockSize !== 0) throw rangeError("capacity", `a multiple of the block size ${blockSize}`, capacity);
   }
 
   /** Put the features the driver accepted in force; they decide about the cache mode to begin with (5.2.6.1). */

@@ -61,7 +61,6 @@ export class BlkExecutor {
   /** Where the data of the request at hand are. */
   private readonly parts = new MemoryParts();
   private readonly readOnly: boolean;
-  private readonly sectors: number;
   private readonly header = new Uint8Array(BLK_HEADER_SIZE);
   private readonly header32 = new Uint32Array(this.header.buffer);
 
@@ -72,7 +71,6 @@ export class BlkExecutor {
     this.storage = device.storage;
     this.direct = takesParts(device.storage) ? device.storage : undefined;
     this.readOnly = device.storage.readOnly === true;
-    this.sectors = device.sectors;
   }
 
   /**
@@ -244,7 +242,7 @@ export class BlkExecutor {
 
   /** Whether the range begins and ends inside the disk, in whole sectors. No sum here can overflow a double. */
   private isInside(sector: number, length: number): boolean {
-    return (length & SECTOR_MASK) === 0 && sector + length / SECTOR_SIZE <= this.sectors;
+    return (length & SECTOR_MASK) === 0 && sector + length / SECTOR_SIZE <= this.device.sectors;
   }
 
   /** Write the status of a request that writes nothing else. */

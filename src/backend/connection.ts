@@ -58,15 +58,15 @@ export class Connection {
   }
 
   /**
-   * Send a reply to `request`.
+   * Send a reply to `request`, with descriptors, which stay open here.
    *
    * @throws VirtioError ERR_VIRTIO_CLOSED when the connection ends before all of it is sent.
    */
-  async reply(request: number, payload: Uint8Array): Promise<void> {
+  async reply(request: number, payload: Uint8Array, fds: readonly number[] = []): Promise<void> {
     const bytes = encodeVhostUserMessage(request, VHOST_USER_FLAGS_REPLY, payload);
     for (let done = 0; done < bytes.length; ) {
       if (this.ended) throw new VirtioError("ERR_VIRTIO_CLOSED", "the connection was closed before a reply was sent");
-      const sent = sendMessage(this.fd, bytes.subarray(done), []);
+      const sent = sendMessage(this.fd, bytes.subarray(done), done === 0 ? fds : []);
       if (sent > 0) done += sent;
       else await this.writable();
     }

@@ -1,8 +1,18 @@
 /** A virtual disk in a raw image file or on a block device, which never holds up the event loop for the disk. */
 
-import { close, closeSync, constants, fdatasync, fstatSync, openSync, type Stats, statfsSync } from "node:fs";
+import {
+  close,
+  closeSync,
+  constants,
+  fdatasync,
+  fstatSync,
+  ftruncateSync,
+  openSync,
+  type Stats,
+  statfsSync,
+} from "node:fs";
 import { constants as osConstants } from "node:os";
-import { checkOptions, VirtioError } from "../errors.js";
+import { checkInteger, checkOptions, VirtioError } from "../errors.js";
 import { SECTOR_SIZE } from "../protocol/blk.js";
 import { fallocateLater, ioctl } from "../sys/index.js";
 import { FileTransfer, READ, WRITE } from "./file-transfer.js";
@@ -55,7 +65,7 @@ const ADVICE: ReadonlyMap<number, string> = new Map([
  * ```
  */
 export class FileStorage implements BlockStorage {
-  readonly capacity: number;
+  capacity: number;
   readonly readOnly: boolean;
   readonly id = "virtio-driver file";
   /** The file. */
@@ -96,14 +106,6 @@ export class FileStorage implements BlockStorage {
     try {
       const stats = fstatSync(fd);
       const capacity = sizeOf(path, fd, stats);
-      if (capacity === 0) throw refused(path, "it is empty; give it a size with `truncate -s 1G FILE`");
-      if (capacity % SECTOR_SIZE !== 0) {
-        const fit = Math.ceil(capacity / SECTOR_SIZE) * SECTOR_SIZE;
-        throw refused(
-          path,
-          `its size of ${capacity} bytes is no multiple of ${SECTOR_SIZE}; pad it with \`truncate -s ${fit} FILE\``,
-        );
-      }
       // A block device is not where its name is: /dev is in memory, too.
       const inMemory = stats.isFile() && IN_MEMORY.has(statfsSync(`/proc/self/fd/${fd}`).type);
       return new FileStorage(path, fd, capacity, { readOnly, inMemory });
@@ -111,6 +113,23 @@ export class FileStorage implements BlockStorage {
       closeSync(fd);
       throw error;
     }
+  }
+
+  /**
+   * Give the file another size, or take the size over that somebody else has given it. What is cut off is lost; what is
+   * added reads as zeroes. A block device can only be asked for its size.
+   */
+  resize(bytes?: number): void {
+    const fd = this.#open();
+    if (bytes !== undefined && bytes !== this.capacity) {
+      checkInteger("bytes", bytes, SECTOR_SIZE);
+      if (this.readOnly || !fstatSync(fd).isFile()) {
+        const why = "is read-only or no regular file; change its size elsewhere, then take it over without a number";
+        throw new VirtioError("ERR_VIRTIO_UNSUPPORTED", `${this.path} ${why}`);
+      }
+      ftruncateSync(fd, bytes);
+    }
+    this.capacity = sizeOf(this.path, fd, fstatSync(fd));
   }
 
   async read(offset: number, into: Uint8Array): Promise<void> {
@@ -200,6 +219,19 @@ function partsOf(bytes: Uint8Array): MemoryParts {
 }
 
 function sizeOf(path: string, fd: number, stats: Stats): number {
+  const capacity = bytesOf(path, fd, stats);
+  if (capacity === 0) throw refused(path, "it is empty; give it a size with `truncate -s 1G FILE`");
+  if (capacity % SECTOR_SIZE !== 0) {
+    const fit = Math.ceil(capacity / SECTOR_SIZE) * SECTOR_SIZE;
+    throw refused(
+      path,
+      `its size of ${capacity} bytes is no multiple of ${SECTOR_SIZE}; pad it with \`truncate -s ${fit} FILE\``,
+    );
+  }
+  return capacity;
+}
+
+function bytesOf(path: string, fd: number, stats: Stats): number {
   if (stats.isFile()) return stats.size;
   if (stats.isBlockDevice()) {
     const size = new Uint8Array(8);

@@ -2,7 +2,7 @@
 
 import { VirtioError } from "../errors.js";
 import type { VhostUserRegion } from "../protocol/vhost-user.js";
-import { MemfdSeal, mapShared, memfdSeals, unmapShared } from "../sys/index.js";
+import { isLost, MemfdSeal, mapShared, memfdSeals, unmapShared } from "../sys/index.js";
 import { DeviceMemory } from "../virtqueue/device-memory.js";
 import type { RingAreaShape } from "../virtqueue/device.js";
 import type { RingArea } from "../virtqueue/device-ring.js";
@@ -19,8 +19,12 @@ interface MappedRegion {
  * All regions of one front-end. Descriptors use guest addresses, `SET_VRING_ADDR` user addresses; neither may
  * overlap within the table.
  *
- * A file that its owner can shrink is a danger: touching a page that is gone kills this process (SIGBUS). Seals
- * exclude it, but memory of a virtual machine often comes from files that cannot be sealed, so `sealed` decides.
+ * A file that its owner can shrink is a danger: touching a page that is gone is SIGBUS, by default the end of this
+ * process. Seals exclude it, but memory of a virtual machine often comes from files that have none or cannot have any
+ * (QEMU's memfd by default, tmpfs, huge pages), so refusing is for those who ask for it by `sealed`. Copying by pread
+ * and pwrite instead of mapping would make every request slower, and is impossible for rings, which need atomic
+ * accesses. So mappings are guarded: a page that is gone is replaced by memory of our own, and the session, which looks
+ * at the count of such faults before it answers anything, ends the connection (see native/guard.c).
  */
 export class MemoryTable {
   /** The regions by guest address. */
@@ -51,7 +55,7 @@ export class MemoryTable {
       );
     }
     // Beyond 2^53 these are inexact, and far outside of what mapShared accepts.
-    const buffer = mapShared(fd, Number(region.size), { offset: Number(region.mmapOffset) });
+    const buffer = mapShared(fd, Number(region.size), { offset: Number(region.mmapOffset), guarded: true });
     try {
       this.guest.add(region.guestAddress, buffer);
       this.user.add(region.userAddress, buffer);
@@ -114,6 +118,11 @@ export class MemoryTable {
       );
     }
     return { buffer: this.regions[index].buffer, offset };
+  }
+
+  /** Whether the front-end took memory away that it had shared. */
+  get isLost(): boolean {
+    return this.regions.some(({ buffer }) => isLost(buffer));
   }
 
   /** Unmap everything. Idempotent. */

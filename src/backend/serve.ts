@@ -6,8 +6,10 @@ const SIGNALS = ["SIGINT", "SIGTERM"] as const;
 
 /**
  * Wait for SIGINT or SIGTERM, then close the back-end, which flushes its storage. A second signal ends the process at
- * once.
+ * once. At each SIGUSR2 meanwhile the disk takes the size over that its storage has by now. (SIGHUP is what a terminal
+ * sends that is closed, and ends the process.)
  *
+ * @param onResize hears of the result: an error, or undefined when it worked.
  * @returns the signal, when the back-end is closed.
  * @throws what `backend.close` throws.
  * @example
@@ -25,7 +27,12 @@ const SIGNALS = ["SIGINT", "SIGTERM"] as const;
  * rmSync(folder, { recursive: true });
  * ```
  */
-export async function serveUntilSignal(backend: VhostUserBackend): Promise<(typeof SIGNALS)[number]> {
+export async function serveUntilSignal(
+  backend: VhostUserBackend,
+  onResize: (error: unknown) => void = () => undefined,
+): Promise<(typeof SIGNALS)[number]> {
+  const resize = (): void => void backend.resize().then(() => onResize(undefined), onResize);
+  process.on("SIGUSR2", resize);
   const signal = await new Promise<(typeof SIGNALS)[number]>((resolve) => {
     const onSignal = (name: NodeJS.Signals): void => {
       for (const other of SIGNALS) process.off(other, onSignal);
@@ -33,6 +40,7 @@ export async function serveUntilSignal(backend: VhostUserBackend): Promise<(type
     };
     for (const name of SIGNALS) process.on(name, onSignal);
   });
+  process.off("SIGUSR2", resize);
   await backend.close();
   return signal;
 }

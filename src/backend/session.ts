@@ -4,6 +4,7 @@ import { VirtioError } from "../errors.js";
 import { BLK_CONFIG_WRITEBACK_OFFSET, BlkFeature } from "../protocol/blk.js";
 import {
   configCodec,
+  inflightCodec,
   memoryTableCodec,
   singleRegionCodec,
   u64Codec,
@@ -17,11 +18,14 @@ import {
   vringFdCodec,
   vringStateCodec,
 } from "../protocol/vhost-user.js";
+import { closeFd } from "../sys/index.js";
 import { MAX_DEVICE_REGIONS } from "../virtqueue/device-memory.js";
 import { VirtioFeature } from "../virtqueue/features.js";
+import { BackChannel } from "./back-channel.js";
 import type { BlkDevice } from "./blk-device.js";
 import { BlkExecutor } from "./blk-executor.js";
 import { Connection, type Message } from "./connection.js";
+import { InflightRegion } from "./inflight.js";
 import { MemoryTable } from "./memory-table.js";
 import { Poller } from "./poller.js";
 import type { BackendStats } from "./stats.js";
@@ -30,7 +34,9 @@ import { type RingContext, Vring, type VringEvents } from "./vring.js";
 const PROTOCOL_FEATURES =
   VhostUserProtocolFeature.MQ |
   VhostUserProtocolFeature.REPLY_ACK |
+  VhostUserProtocolFeature.BACKEND_REQ |
   VhostUserProtocolFeature.CONFIG |
+  VhostUserProtocolFeature.INFLIGHT_SHMFD |
   VhostUserProtocolFeature.RESET_DEVICE |
   VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS |
   VhostUserProtocolFeature.STATUS;
@@ -61,6 +67,9 @@ const REPLYING: ReadonlySet<number> = new Set([
   VhostUserRequest.GET_SHMEM_CONFIG,
   VhostUserRequest.GET_VRING_BASE_SKIP_DRAIN,
 ]);
+
+/** A reply of its own that a message has: the payload, and a descriptor to go with it, closed when it is sent. */
+type Reply = Uint8Array | { readonly payload: Uint8Array; readonly fd: number };
 
 /** What a {@link Session} is made from. */
 export interface SessionOptions {
@@ -93,6 +102,12 @@ export class Session implements VringEvents {
   /** Rings that take nothing for now, because they are being stopped or their memory changes. */
   private readonly held = new Set<Vring>();
   private context: RingContext;
+  private inflight: InflightRegion | undefined = undefined;
+  private channel: BackChannel | undefined = undefined;
+  /** Whether the config space changed and the front-end does not know. */
+  private unknownChange = false;
+  /** What changes the state of the session, one after the other. */
+  private work: Promise<unknown> = Promise.resolve();
   private protocolFeatures = 0n;
   private status = 0;
   private owned = false;
@@ -109,8 +124,36 @@ export class Session implements VringEvents {
     const end = new Promise<unknown>((resolve) => {
       ended = resolve;
     });
-    this.connection = new Connection(fd, (message) => this.handle(message), ended);
+    this.connection = new Connection(fd, (message) => this.alone(() => this.handle(message)), ended);
     this.closed = end.then((error) => this.release(error));
+  }
+
+  /** Let `change` the capacity while nothing is in flight, and tell the driver. */
+  resize(change: () => Promise<void>): Promise<void> {
+    return this.alone(async () => {
+      await this.hold(this.rings);
+      try {
+        await change();
+        this.configChanged();
+      } finally {
+        this.resume(this.rings);
+      }
+    });
+  }
+
+  /** Run `task` when no other one does. */
+  private alone(task: () => Promise<void>): Promise<void> {
+    const turn = this.work.then(task);
+    this.work = turn.catch(() => undefined); // Whoever waits for the turn hears of it.
+    return turn;
+  }
+
+  /** Tell the front-end as soon as it may be told: a device whose rings are all stopped is silent. */
+  private configChanged(): void {
+    this.unknownChange = true;
+    if (this.channel === undefined || !this.rings.some((ring) => ring.started)) return;
+    this.unknownChange = false;
+    this.channel.configChanged();
   }
 
   /** End the connection; requests in flight are finished first. */
@@ -124,6 +167,8 @@ export class Session implements VringEvents {
     if (error !== undefined) this.stats.failed(error);
     await this.hold(this.rings);
     for (const ring of this.rings) ring.reset();
+    this.channel?.close();
+    this.inflight?.close();
     this.context.memory.close();
   }
 
@@ -132,7 +177,7 @@ export class Session implements VringEvents {
     if ((flags & ~VHOST_USER_FLAG_NEED_REPLY) !== VHOST_USER_FLAGS_REQUEST) {
       throw refuse(`${vhostUserRequestName(request)} has the flags 0x${flags.toString(16)}, expected 0x1 or 0x9`);
     }
-    let reply: Uint8Array | undefined;
+    let reply: Reply | undefined;
     let refused = false;
     try {
       reply = await this.dispatch(message);
@@ -141,8 +186,17 @@ export class Session implements VringEvents {
       this.stats.failed(error);
       refused = true;
     }
-    if (reply !== undefined) await this.connection.reply(request, reply);
+    if (reply instanceof Uint8Array) await this.connection.reply(request, reply);
+    else if (reply !== undefined) await this.hand(request, reply);
     else if (this.wantsAck(flags)) await this.connection.reply(request, u64Codec.encode(refused ? 1 : 0));
+  }
+
+  private async hand(request: number, { payload, fd }: Exclude<Reply, Uint8Array>): Promise<void> {
+    try {
+      await this.connection.reply(request, payload, [fd]);
+    } finally {
+      closeFd(fd);
+    }
   }
 
   private wantsAck(flags: number): boolean {
@@ -154,7 +208,7 @@ export class Session implements VringEvents {
   }
 
   /** Carry out one message; returns its own reply, if it has one. */
-  private dispatch(message: Message): Uint8Array | undefined | Promise<Uint8Array | undefined> {
+  private dispatch(message: Message): Reply | undefined | Promise<Reply | undefined> {
     const { request, payload } = message;
     if (!TAKES_FDS.has(request)) expectFds(message, 0);
     const gate = GATES.get(request);
@@ -194,6 +248,12 @@ export class Session implements VringEvents {
         return undefined;
       case VhostUserRequest.REM_MEM_REG:
         return this.removeRegion(message);
+      case VhostUserRequest.SET_BACKEND_REQ_FD:
+        return this.setChannel(message);
+      case VhostUserRequest.GET_INFLIGHT_FD:
+        return this.makeInflight(payload);
+      case VhostUserRequest.SET_INFLIGHT_FD:
+        return this.setInflight(message);
       case VhostUserRequest.GET_CONFIG:
         return this.getConfig(payload);
       case VhostUserRequest.SET_CONFIG:
@@ -238,6 +298,7 @@ export class Session implements VringEvents {
         if (fd === undefined)
           throw refuse("SET_VRING_KICK came without a descriptor; this back-end does not only poll");
         ring.start(fd, this.context);
+        if (this.unknownChange) this.configChanged();
         this.wake(ring);
         return undefined;
       }
@@ -316,11 +377,41 @@ export class Session implements VringEvents {
     this.resume(this.rings);
   }
 
+  private setChannel(message: Message): undefined {
+    expectFds(message, 1);
+    const acknowledged = this.has(VhostUserProtocolFeature.REPLY_ACK);
+    const channel = new BackChannel(message.fds[0], acknowledged, (error) => this.stats.failed(error));
+    message.fds.pop();
+    this.channel?.close();
+    this.channel = channel;
+  }
+
+  private makeInflight(payload: Uint8Array): Reply {
+    const { rings, isPacked } = this;
+    const { fd, description } = InflightRegion.create(inflightCodec.decode(payload), rings.length, isPacked);
+    return { payload: inflightCodec.encode(description), fd };
+  }
+
+  private setInflight(message: Message): undefined {
+    expectFds(message, 1);
+    if (this.rings.some((ring) => ring.started)) throw refuse("SET_INFLIGHT_FD came while rings are started");
+    const options = { queues: this.rings.length, packed: this.isPacked, sealed: this.sealedMemory };
+    const inflight = new InflightRegion(inflightCodec.decode(message.payload), message.fds[0], options);
+    this.inflight?.close();
+    this.inflight = inflight;
+    this.context = { ...this.context, inflight };
+  }
+
+  private get isPacked(): boolean {
+    return (this.device.features & VirtioFeature.RING_PACKED) !== 0n;
+  }
+
   private getConfig(payload: Uint8Array): Uint8Array {
     const { offset, flags, data } = configCodec.decode(payload);
     const { config } = this.device;
     // A reply of length 0 says that the request failed ("VHOST_USER_GET_CONFIG").
     if (data.length === 0 || offset + data.length > config.length) return new Uint8Array(0);
+    this.unknownChange = false;
     return configCodec.encode({ offset, flags, data: config.subarray(offset, offset + data.length) });
   }
 
@@ -336,7 +427,10 @@ export class Session implements VringEvents {
 
   private async resetDevice(): Promise<undefined> {
     await this.hold(this.rings);
-    for (const ring of this.rings) ring.reset();
+    for (const ring of this.rings) {
+      ring.settle();
+      ring.reset();
+    }
     this.held.clear();
     this.status = 0;
     this.device.negotiate(0n);
@@ -365,6 +459,7 @@ export class Session implements VringEvents {
     const { index } = vringStateCodec.decode(payload);
     const ring = this.ring(index);
     await this.hold([ring]);
+    ring.settle();
     const num = ring.stop();
     this.held.delete(ring);
     return vringStateCodec.encode({ index, num });
@@ -376,6 +471,20 @@ export class Session implements VringEvents {
 
   answered(ring: Vring): void {
     this.wake(ring);
+  }
+
+  broke(): void {
+    // A driver that runs is told that its device needs a reset (virtio 1.3, 2.1.2).
+    if (this.has(VhostUserProtocolFeature.STATUS) && (this.status & STATUS_DRIVER_OK) !== 0) this.configChanged();
+  }
+
+  lost(): boolean {
+    if (!this.context.memory.isLost && this.inflight?.isLost !== true) return false;
+    for (const ring of this.rings) ring.abandon();
+    const why =
+      "the front-end took memory away that it shares (its file was truncated, or there are no huge pages left)";
+    this.connection.end(new VirtioError("ERR_VIRTIO_MEMORY", `${why}; nothing more can be done for it`));
+    return true;
   }
 
   /** Have a ring looked at, when it may run now. */
@@ -406,7 +515,8 @@ export class Session implements VringEvents {
 
   private contextOf(memory: MemoryTable): RingContext {
     const { features } = this.device;
-    return { memory, features, executor: new BlkExecutor(this.device, memory.guest, this.stats) };
+    const executor = new BlkExecutor(this.device, memory.guest, this.stats);
+    return { memory, features, executor, inflight: this.inflight };
   }
 
   private ring(index: number): Vring {
@@ -429,6 +539,8 @@ const TAKES_FDS: ReadonlySet<number> = new Set([
   VhostUserRequest.SET_MEM_TABLE,
   VhostUserRequest.ADD_MEM_REG,
   VhostUserRequest.REM_MEM_REG,
+  VhostUserRequest.SET_BACKEND_REQ_FD,
+  VhostUserRequest.SET_INFLIGHT_FD,
   VhostUserRequest.SET_VRING_KICK,
   VhostUserRequest.SET_VRING_CALL,
   VhostUserRequest.SET_VRING_ERR,
@@ -439,6 +551,9 @@ const GATES: ReadonlyMap<number, bigint> = new Map([
   [VhostUserRequest.GET_QUEUE_NUM, VhostUserProtocolFeature.MQ],
   [VhostUserRequest.GET_CONFIG, VhostUserProtocolFeature.CONFIG],
   [VhostUserRequest.SET_CONFIG, VhostUserProtocolFeature.CONFIG],
+  [VhostUserRequest.SET_BACKEND_REQ_FD, VhostUserProtocolFeature.BACKEND_REQ],
+  [VhostUserRequest.GET_INFLIGHT_FD, VhostUserProtocolFeature.INFLIGHT_SHMFD],
+  [VhostUserRequest.SET_INFLIGHT_FD, VhostUserProtocolFeature.INFLIGHT_SHMFD],
   [VhostUserRequest.RESET_DEVICE, VhostUserProtocolFeature.RESET_DEVICE],
   [VhostUserRequest.GET_MAX_MEM_SLOTS, VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS],
   [VhostUserRequest.ADD_MEM_REG, VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS],

@@ -2,7 +2,7 @@
 
 import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../errors.js";
 import { SECTOR_SIZE } from "../protocol/blk.js";
-import { closeFd, createMemfd, fallocate, fallocateLater, mapShared, unmapShared } from "../sys/index.js";
+import { closeFd, createMemfd, fallocate, fallocateLater, growMemfd, mapShared, unmapShared } from "../sys/index.js";
 import type { MemoryParts } from "./memory-parts.js";
 
 /**
@@ -27,7 +27,7 @@ import type { MemoryParts } from "./memory-parts.js";
  * ```
  */
 export interface BlockStorage {
-  /** Size of the disk in bytes, a multiple of 512; it does not change. */
+  /** Size of the disk in bytes, a multiple of 512. The back-end looks at it again after `resize`, and only then. */
   readonly capacity: number;
   /** Whether writing is refused. Default false. */
   readonly readOnly?: boolean;
@@ -53,6 +53,11 @@ export interface BlockStorage {
   readInto?(offset: number, into: MemoryParts): void | Promise<void>;
   /** As `write`, from all parts of the driver's memory; see `readInto`. */
   writeFrom?(offset: number, from: MemoryParts): void | Promise<void>;
+  /**
+   * Take another capacity: `bytes`, or without it the one that the medium has by now. Nothing else is asked meanwhile.
+   * What is cut off is lost. Without it `VhostUserBackend.resize` is refused.
+   */
+  resize?(bytes?: number): void | Promise<void>;
   /** Release what the storage holds. Called once, after the last request and a flush. */
   close?(): void | Promise<void>;
 }
@@ -88,7 +93,7 @@ const MAX_RAM_BYTES = 2 ** 46;
  * ```
  */
 export class RamStorage implements BlockStorage {
-  readonly capacity: number;
+  capacity: number;
   readonly id: string;
 
   readonly #windows: (Window | undefined)[];
@@ -101,8 +106,22 @@ export class RamStorage implements BlockStorage {
     checkOptions("RamStorage", options, ["id"]);
     this.capacity = checkCapacity("size", size, SECTOR_SIZE, MAX_RAM_BYTES);
     this.id = options.id ?? "virtio-driver ram";
-    this.#fd = createMemfd("virtio-ram", Math.ceil(size / PAGE_BYTES) * PAGE_BYTES);
+    this.#fd = createMemfd("virtio-ram", Math.ceil(size / PAGE_BYTES) * PAGE_BYTES, { growable: true });
     this.#windows = Array.from({ length: Math.ceil(size / WINDOW_BYTES) }, () => undefined);
+  }
+
+  /** Grow by zeroes, or give the memory of what is cut off back: it reads as zeroes when the disk grows again. */
+  async resize(bytes = this.capacity): Promise<void> {
+    checkCapacity("bytes", bytes, SECTOR_SIZE, MAX_RAM_BYTES);
+    if (this.#fd < 0) throw new VirtioError("ERR_VIRTIO_CLOSED", "the memory disk is closed; make a new one");
+    const old = this.capacity;
+    if (bytes > old) growMemfd(this.#fd, Math.ceil(bytes / PAGE_BYTES) * PAGE_BYTES);
+    else if (bytes < old) await fallocateLater(this.#fd, "punchHole", bytes, old - bytes);
+    this.capacity = bytes;
+    // The last window may be too short now, and others are not needed any more.
+    const from = Math.floor(Math.min(old, bytes) / WINDOW_BYTES);
+    for (const window of this.#windows.splice(from)) if (window !== undefined) unmapShared(window.buffer);
+    this.#windows.length = Math.ceil(bytes / WINDOW_BYTES);
   }
 
   read(offset: number, into: Uint8Array): void {

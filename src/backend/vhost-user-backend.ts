@@ -1,7 +1,7 @@
 /** A virtual disk that vhost-user front-ends connect to: one client after another. */
 
 import { statSync, unlinkSync } from "node:fs";
-import { checkOptions, typeError } from "../errors.js";
+import { checkOptions, typeError, VirtioError } from "../errors.js";
 import { acceptUnix, closeFd, FdWatcher, listenUnix } from "../sys/index.js";
 import { BlkDevice } from "./blk-device.js";
 import { Session } from "./session.js";
@@ -21,8 +21,9 @@ export interface VhostUserBackendOptions {
   /** Block size that the disk names, in bytes: a power of two from 512 to 65536. Default 512. */
   readonly blockSize?: number;
   /**
-   * Refuse a front-end whose memory could be shrunk: touching pages that are gone kills this process (SIGBUS). Memory
-   * of virtual machines often cannot be sealed. Set it when front-ends are not trusted. Default false.
+   * Refuse a front-end whose memory could be shrunk. Memory of virtual machines often cannot be sealed. Without it, one
+   * that takes its memory away ends its own connection and harms nobody else; see the chapter on it in the guide.
+   * Default false.
    */
   readonly sealedMemory?: boolean;
   /** Told of storage failures, bad messages and broken queues; each harms one front-end, never the back-end. */
@@ -72,6 +73,8 @@ export class VhostUserBackend {
   #retry: NodeJS.Timeout | undefined;
   #session: Session | undefined;
   #closed: Promise<void> | undefined;
+  /** Changes of the size, one after the other. */
+  #resized: Promise<void> = Promise.resolve();
 
   private constructor(options: VhostUserBackendOptions) {
     checkOptions("VhostUserBackend", options, [
@@ -112,7 +115,28 @@ export class VhostUserBackend {
     return this.#closed;
   }
 
+  /**
+   * Make the disk larger or smaller while it is in use: to `bytes`, or without a number to the size that its storage has
+   * by now (a file that was enlarged, a block device). Requests in flight are finished first. A driver that listens is
+   * told (VHOST_USER_BACKEND_CONFIG_CHANGE_MSG). Requests beyond the new end fail, what is cut off is lost.
+   *
+   * @throws RangeError when it is no multiple of 512 bytes and of the block size; VirtioError ERR_VIRTIO_UNSUPPORTED
+   *   when the storage cannot change its size, ERR_VIRTIO_CLOSED when the back-end is closed; what the storage throws.
+   */
+  resize(bytes?: number): Promise<void> {
+    const turn = this.#resized.then(() => this.#resize(bytes));
+    this.#resized = turn.catch(() => undefined);
+    return turn;
+  }
+
+  async #resize(bytes: number | undefined): Promise<void> {
+    if (this.#closed !== undefined) throw new VirtioError("ERR_VIRTIO_CLOSED", "the back-end is closed; start another");
+    const change = (): Promise<void> => this.#device.resize(bytes);
+    await (this.#session === undefined ? change() : this.#session.resize(change));
+  }
+
   async #close(): Promise<void> {
+    await this.#resized;
     this.#unwatch();
     closeFd(this.#fd);
     // Somebody may have replaced the socket by his own.

@@ -2,16 +2,21 @@
 
 import { readlinkSync } from "node:fs";
 import { checkInteger, VirtioError } from "../errors.js";
-import type { VringAddress } from "../protocol/vhost-user.js";
-import { closeFd, EventFd, FdWatcher } from "../sys/index.js";
+import { type VringAddress, VRING_BASE_PACKED, VRING_BASE_SPLIT } from "../protocol/vhost-user.js";
+import { closeFd, EventFd, FdWatcher, faultCounter } from "../sys/index.js";
 import { DescriptorChain } from "../virtqueue/device-chain.js";
 import { DeviceVirtqueue, ringAreas } from "../virtqueue/device.js";
+import type { RingArea } from "../virtqueue/device-ring.js";
 import { VirtioFeature } from "../virtqueue/features.js";
 import { checkQueueSize } from "../virtqueue/layout.js";
 import type { BlkExecutor, CompletionSink } from "./blk-executor.js";
+import type { InflightRecord, InflightRegion } from "./inflight.js";
+import { PackedInflightRecord } from "./inflight-packed.js";
+import { SplitInflightRecord } from "./inflight-split.js";
 import type { MemoryTable } from "./memory-table.js";
 import type { Pollable } from "./poller.js";
 import type { BackendStats } from "./stats.js";
+import { type RingQueue, TrackedQueue } from "./tracked-queue.js";
 
 /** What a ring works with; the session exchanges it when memory or features change. */
 export interface RingContext {
@@ -21,6 +26,8 @@ export interface RingContext {
   readonly executor: BlkExecutor;
   /** Virtio features in force. */
   readonly features: bigint;
+  /** Where requests in flight are remembered, if they are. */
+  readonly inflight: InflightRegion | undefined;
 }
 
 /** What a ring tells the session. */
@@ -29,6 +36,10 @@ export interface VringEvents {
   notified(ring: Vring): void;
   /** Requests that took their time have been answered: the driver may soon have more. */
   answered(ring: Vring): void;
+  /** A ring broke: the device needs a reset. */
+  broke(): void;
+  /** Some process took memory away from us: whether it was memory of this session, which then ends. */
+  lost(): boolean;
 }
 
 /** Requests, and bytes of data, before the answers are published and the next ring has its turn. */
@@ -57,13 +68,17 @@ export class Vring implements Pollable, CompletionSink {
   private call: EventFd | undefined;
   private error: EventFd | undefined;
 
-  private queue: DeviceVirtqueue | undefined;
+  private queue: RingQueue | undefined;
+  private record: InflightRecord | undefined;
   private chain = new DescriptorChain(0);
   private executor: BlkExecutor | undefined;
   private broken = false;
   private inFlight = 0;
   /** Requests that the driver seems to keep in flight. */
   private depth = 2 * MAX_BATCH;
+  /** Counts losses of mapped memory; as many as `faultsSeen` have nothing to do with this ring. */
+  private readonly faults = faultCounter();
+  private faultsSeen = this.faults[0];
   private publishing: NodeJS.Immediate | undefined;
   private readonly onDrained: (() => void)[] = [];
   /** The mapping each area lies in, while it is started. */
@@ -172,6 +187,14 @@ export class Vring implements Pollable, CompletionSink {
   }
 
   /**
+   * Have the next start believe `SET_VRING_BASE`, not the record of requests in flight: the front-end is about to learn
+   * the position. No request may be in flight; what was not even carried out again yet stays recorded.
+   */
+  settle(): void {
+    this.record?.settle();
+  }
+
+  /**
    * Stop the ring. No request may be in flight.
    *
    * @returns its position, for `GET_VRING_BASE`.
@@ -179,6 +202,7 @@ export class Vring implements Pollable, CompletionSink {
   stop(): number {
     if (this.queue !== undefined) this.base = this.queue.base;
     this.queue = undefined;
+    this.record = undefined;
     this.buffers = [];
     this.executor = undefined;
     this.broken = false;
@@ -222,11 +246,16 @@ export class Vring implements Pollable, CompletionSink {
       while (count < limit && stats.bytesRead + stats.bytesWritten < bytes && queue.pop(chain)) {
         count++;
         const written = executor.execute(chain, this);
+        // A request over memory that is gone had other data than the driver's: it must not count as done.
+        if (this.isLost()) return count;
         if (written >= 0) queue.push(chain.id, chain.ringCount, written);
       }
     } catch (error) {
+      // A ring whose memory is gone looks as if the driver had written nonsense.
+      if (this.isLost()) return count;
       this.breakDown(error);
     }
+    if (this.isLost()) return count;
     if (count > 0) {
       this.publish();
       this.adapt(count, queue);
@@ -234,7 +263,7 @@ export class Vring implements Pollable, CompletionSink {
     return count;
   }
 
-  private adapt(count: number, queue: DeviceVirtqueue): void {
+  private adapt(count: number, queue: RingQueue): void {
     // With a full batch and more to do, the driver is far enough ahead.
     if (count === MAX_BATCH && queue.backlog(1) > 0) return;
     const held = count + this.inFlight + queue.backlog(2 * MAX_BATCH - count);
@@ -273,6 +302,7 @@ export class Vring implements Pollable, CompletionSink {
       clearImmediate(this.publishing);
       this.publishing = undefined;
     }
+    if (this.isLost()) return;
     if (this.queue?.publish() !== true || this.call === undefined) return;
     this.stats.notifications++;
     try {
@@ -282,6 +312,20 @@ export class Vring implements Pollable, CompletionSink {
     }
   }
 
+  /** Whether memory of the session is gone; then it has ended. */
+  private isLost(): boolean {
+    if (this.faults[0] === this.faultsSeen) return false;
+    this.faultsSeen = this.faults[0];
+    return this.events.lost();
+  }
+
+  /** Its memory is gone: take and answer nothing more. */
+  abandon(): void {
+    this.queue = undefined;
+    this.record = undefined;
+    this.executor = undefined;
+  }
+
   private build(context: RingContext, base: number | undefined): void {
     if (this.size === 0 || this.address === undefined) {
       throw new VirtioError(
@@ -289,17 +333,39 @@ export class Vring implements Pollable, CompletionSink {
         `ring ${this.index} cannot start before SET_VRING_NUM and SET_VRING_ADDR`,
       );
     }
-    const { memory, executor, features } = context;
+    const { memory, executor, features, inflight } = context;
     const areas = this.areas(memory, features);
-    this.queue = new DeviceVirtqueue({
+    const record = inflight === undefined ? undefined : this.open(inflight, features, areas, base);
+    const start = record?.base ?? base;
+    const queue = new DeviceVirtqueue({
       ...{ queueSize: this.size, features, memory: memory.guest },
       ...areas,
-      ...(base !== undefined && { base }),
+      ...(start !== undefined && { base: start }),
     });
+    this.queue = record === undefined ? queue : new TrackedQueue(queue, record);
+    this.record = record;
     this.buffers = [areas.descriptorArea.buffer, areas.driverArea.buffer, areas.deviceArea.buffer];
     this.executor = executor;
     this.chain = new DescriptorChain(this.size);
     this.broken = false;
+  }
+
+  /** Open the record of requests in flight; where it is in use, the ring goes on from what it says. */
+  private open(
+    inflight: InflightRegion,
+    features: bigint,
+    areas: { readonly descriptorArea: RingArea; readonly deviceArea: RingArea },
+    base: number | undefined,
+  ): InflightRecord {
+    const { size } = this;
+    const packed = (features & VirtioFeature.RING_PACKED) !== 0n;
+    const views = inflight.part(this.index, size, packed);
+    if (packed) {
+      return new PackedInflightRecord(views, size, inflight.queueSize, areas.descriptorArea, base ?? VRING_BASE_PACKED);
+    }
+    const { buffer, offset } = areas.deviceArea;
+    const usedIdx = Atomics.load(new Uint16Array(buffer, offset, 2), 1);
+    return new SplitInflightRecord(views, size, inflight.queueSize, usedIdx, base ?? VRING_BASE_SPLIT);
   }
 
   private areas(memory: MemoryTable, features: bigint) {
@@ -321,6 +387,7 @@ export class Vring implements Pollable, CompletionSink {
     } catch (signalError) {
       this.stats.failed(signalError);
     }
+    this.events.broke();
   }
 
   private closeKick(): void {

@@ -30,7 +30,8 @@ export const command = new Command("serve")
   .addHelpText(
     "after",
     `
-It serves one client after another until SIGINT or SIGTERM, then flushes and removes the socket.
+It serves one client after another until SIGINT or SIGTERM, then flushes and removes the socket. At SIGUSR2 it takes
+over the size that the file has by then, and tells the driver: truncate -s 2G disk.img; kill -USR2 PID
 
 Examples:
   virtio serve ram:64M --socket /run/disk.sock
@@ -49,18 +50,25 @@ async function run(address: string, flags: ServeFlags): Promise<void> {
     backend = VhostUserBackend.listen({
       ...{ path: flags.socket, storage, queues: flags.queues, blockSize: flags.blockSize },
       packed: flags.split !== true,
-      onError: (error) => narrate(`virtio serve: ${error instanceof Error ? error.message : String(error)}`),
+      onError: (error) => narrate(`virtio serve: ${reasonOf(error)}`),
     });
   } catch (error) {
     await storage.close?.();
     throw error;
   }
-  const stopped = serveUntilSignal(backend);
+  const stopped = serveUntilSignal(backend, (error) => {
+    if (error === undefined) narrate(`the disk has ${formatBytes(storage.capacity)} now`);
+    else narrate(`virtio serve: ${reasonOf(error)}; the disk keeps its size`);
+  });
   const disk = `${readOnly ? "a read-only disk" : "a disk"} of ${formatBytes(storage.capacity)}`;
   narrate(`serving ${disk} at vhost-user:${flags.socket}; stop it with Ctrl-C`);
   const signal = await stopped;
   const { connections, requests, errors } = backend.stats;
   narrate(`${signal}: flushed and stopped; ${connections} clients, ${requests} requests, ${errors} errors`);
+}
+
+function reasonOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
 }
 
 /** What an address says the disk is to be made of. */

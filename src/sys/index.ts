@@ -14,8 +14,16 @@ export {
   writePartsLater,
 } from "./file.js";
 export { entries, readBytes, readLink, readText } from "./kernel-files.js";
-export { addressOf, type MapOptions, mapShared, unmapShared } from "./mapping.js";
-export { createMemfd, fileSize, HUGE_PAGE_BYTES, type HugePageSize, MemfdSeal, memfdSeals } from "./memfd.js";
+export { addressOf, faultCounter, isLost, type MapOptions, mapShared, unmapShared } from "./mapping.js";
+export {
+  createMemfd,
+  fileSize,
+  growMemfd,
+  HUGE_PAGE_BYTES,
+  type HugePageSize,
+  MemfdSeal,
+  memfdSeals,
+} from "./memfd.js";
 export { registerRead, registerWrite, type RegisterWidth } from "./registers.js";
 export {
   acceptUnix,

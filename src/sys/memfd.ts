@@ -38,14 +38,19 @@ export type HugePageSize = keyof typeof HUGE_PAGE_BYTES;
  * descriptor can change its size: a peer cannot make accesses here fail with SIGBUS. Close-on-exec.
  *
  * @param name shown in /proc/PID/maps; at most 249 bytes.
+ * @param options.growable leave it possible to make it larger by {@link growMemfd}. Default false.
  * @param options.hugePages take the memory from the system's reserve of huge pages; `size` is a multiple of theirs.
  * @returns the descriptor.
  * @throws VirtioError ERR_VIRTIO_SYSCALL when the kernel refuses.
  */
-export function createMemfd(name: string, size: number, options: { hugePages?: HugePageSize } = {}): number {
+export function createMemfd(
+  name: string,
+  size: number,
+  options: { growable?: boolean; hugePages?: HugePageSize } = {},
+): number {
   if (typeof name !== "string") throw typeError("name", "a string", name);
   checkInteger("size", size, 1);
-  checkOptions("options", options, ["hugePages"]);
+  checkOptions("options", options, ["growable", "hugePages"]);
   let flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
   if (options.hugePages !== undefined) {
     if (!Object.hasOwn(HUGE_PAGE_BYTES, options.hugePages)) {
@@ -63,13 +68,24 @@ export function createMemfd(name: string, size: number, options: { hugePages?: H
   let syscall = "ftruncate";
   if (result === 0) {
     syscall = "fcntl";
-    result = native().fcntl(fd, F_ADD_SEALS, MemfdSeal.SHRINK | MemfdSeal.GROW | MemfdSeal.SEAL);
+    const growth = options.growable === true ? 0 : MemfdSeal.GROW;
+    result = native().fcntl(fd, F_ADD_SEALS, MemfdSeal.SHRINK | growth | MemfdSeal.SEAL);
   }
   if (result < 0) {
     closeFd(fd);
     throw systemError(result, syscall, `giving the memory file "${name}" its ${size} bytes for good`);
   }
   return fd;
+}
+
+/**
+ * Make a memory file larger that was made `growable`; what is added reads as zeroes.
+ *
+ * @throws VirtioError ERR_VIRTIO_SYSCALL or ERR_VIRTIO_PERMISSION when the kernel refuses.
+ */
+export function growMemfd(fd: number, size: number): void {
+  const result = native().ftruncate(checkFd("fd", fd), checkInteger("size", size, 1));
+  if (result < 0) throw systemError(result, "ftruncate", `making a memory file ${size} bytes large`);
 }
 
 /**

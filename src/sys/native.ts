@@ -41,8 +41,11 @@ export interface NativeBinding {
     offset: number,
     align: number,
     writable: boolean,
+    granule: number,
   ): ArrayBuffer | number;
   munmap(buffer: ArrayBuffer): number;
+  isLost(buffer: ArrayBuffer): number;
+  faultCounter(): ArrayBuffer | number;
   eventfd(): number;
   signal(fd: number): number | undefined;
   drain(fd: number): number;

@@ -102,18 +102,8 @@ export class DevicePackedRing {
     let ringCount = 0;
     for (;;) {
       const word = at * DESC_WORDS;
-      const lo = this.desc[word];
-      const hi = this.desc[word + 1];
-      const length = this.desc[word + 2];
+      this.add(chain, this.desc, word, flags, ringCount === 0);
       ringCount++;
-      if ((flags & VIRTQ_DESC_F_INDIRECT) !== 0) {
-        if (ringCount > 1 || !this.indirect || (flags & VIRTQ_DESC_F_NEXT) !== 0) {
-          throw lyingDriver("an INDIRECT descriptor inside a NEXT chain or without the feature");
-        }
-        this.walkTable(chain, lo, hi, length);
-      } else {
-        chain.add(this.memory, lo, hi, length, (flags & VIRTQ_DESC_F_WRITE) !== 0);
-      }
       if (++at === this.size) {
         at = 0;
         bits ^= STATE_MASK;
@@ -133,6 +123,32 @@ export class DevicePackedRing {
     this.availBits = bits;
     this.outstanding += ringCount;
     return true;
+  }
+
+  /** Take a chain again, from a copy of its ring descriptors; see `DeviceVirtqueue.refetch`. */
+  refetch(chain: DescriptorChain, copy: Uint32Array): void {
+    chain.clear();
+    const count = copy.length / DESC_WORDS;
+    for (let i = 0; i < count; i++) {
+      if (chain.count > this.size) throw lyingDriver(`a chain of more than ${this.size} descriptors`);
+      this.add(chain, copy, i * DESC_WORDS, copy[i * DESC_WORDS + TAIL] >>> 16, i === 0);
+    }
+    chain.ringCount = count;
+  }
+
+  /** Add the elements of one descriptor of the ring. */
+  private add(chain: DescriptorChain, words: Uint32Array, at: number, flags: number, first: boolean): void {
+    const lo = words[at];
+    const hi = words[at + 1];
+    const length = words[at + 2];
+    if ((flags & VIRTQ_DESC_F_INDIRECT) !== 0) {
+      if (!first || !this.indirect || (flags & VIRTQ_DESC_F_NEXT) !== 0) {
+        throw lyingDriver("an INDIRECT descriptor inside a NEXT chain or without the feature");
+      }
+      this.walkTable(chain, lo, hi, length);
+    } else {
+      chain.add(this.memory, lo, hi, length, (flags & VIRTQ_DESC_F_WRITE) !== 0);
+    }
   }
 
   /** How many chains seem to be available; see `DeviceVirtqueue.backlog`. */

@@ -89,6 +89,12 @@ export class DeviceSplitRing {
     return true;
   }
 
+  /** Take the chain at `head` again; see `DeviceVirtqueue.refetch`. */
+  refetch(chain: DescriptorChain, head: number): void {
+    if (head >= this.size) throw lyingDriver(`descriptor ${head} on a queue of ${this.size}`);
+    this.walk(chain, head);
+  }
+
   /** How many chains seem to be available; see `DeviceVirtqueue.backlog`. */
   backlog(limit: number): number {
     let pending = (this.availLimit - this.lastAvail) & 0xffff;

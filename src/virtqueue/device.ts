@@ -164,6 +164,20 @@ export class DeviceVirtqueue {
   }
 
   /**
+   * Take a chain again that another device took before this one went on in its place. `base` counts it as taken.
+   *
+   * @param id - what names it to the driver: its head (split) or buffer id (packed).
+   * @param descriptors - packed rings only: its ring descriptors as they were, 4 words each. Those in the ring may be
+   *   overwritten by used entries.
+   * @throws VirtioError ERR_VIRTIO_QUEUE_BROKEN when it is impossible.
+   */
+  refetch(chain: DescriptorChain, id: number, descriptors?: Uint32Array): void {
+    if (descriptors === undefined) this.split.refetch(chain, id);
+    else this.packed.refetch(chain, descriptors);
+    chain.id = id;
+  }
+
+  /**
    * How many chains seem to be available, at most `limit`: a hint about the load, by plain reads, for nothing else. On
    * packed rings it takes them to have as many descriptors as the one popped last.
    */

@@ -81,19 +81,27 @@ async function readable(fd: number, what: string): Promise<void> {
 
 /** One connection to a back-end. */
 export class FrontEnd {
-  readonly fd: number;
+  fd: number;
   readonly memfd: number;
   readonly buffer: ArrayBuffer;
   readonly bytes: Uint8Array;
   features = 0n;
   private readonly rings: Ring[] = [];
   private closed = false;
+  /** Where descriptors go that come with a reply; undefined when none may. */
+  private expected: number[] | undefined = undefined;
 
   constructor(path: string, memfd = createMemfd("test-front-end", MEMORY_BYTES)) {
     this.fd = connectUnix(path);
     this.memfd = memfd;
     this.buffer = mapShared(memfd, MEMORY_BYTES);
     this.bytes = new Uint8Array(this.buffer);
+  }
+
+  /** Hang up, and connect to another back-end with the same memory. */
+  reconnect(path: string): void {
+    closeFd(this.fd);
+    this.fd = connectUnix(path);
   }
 
   /** Send a message as it is. */
@@ -120,10 +128,28 @@ export class FrontEnd {
     return this.receive(header.size);
   }
 
+  /** Read a message, whatever it is; returns its request. */
+  async anyReply(): Promise<number> {
+    const header = decodeVhostUserHeader(await this.receive(VHOST_USER_HEADER_SIZE));
+    if (header.size > 0) await this.receive(header.size);
+    return header.request;
+  }
+
   /** Send a request that has a reply of its own, and return that. */
   ask(request: number, payload?: Uint8Array, fds?: readonly number[]): Promise<Uint8Array> {
     this.send(request, payload, fds);
     return this.reply(request);
+  }
+
+  /** As `ask`, for a reply that comes with a descriptor, which is the caller's. */
+  async askFd(request: number, payload?: Uint8Array): Promise<{ payload: Uint8Array; fd: number }> {
+    this.send(request, payload);
+    this.expected = [];
+    const reply = await this.reply(request);
+    const [fd] = this.expected;
+    this.expected = undefined;
+    assert.ok(fd !== undefined, `${vhostUserRequestName(request)} came without a descriptor`);
+    return { payload: reply, fd };
   }
 
   async askU64(request: number): Promise<bigint> {
@@ -202,7 +228,7 @@ export class FrontEnd {
     const bytes = new Uint8Array(length);
     for (let done = 0; done < length; ) {
       const fds: number[] = [];
-      const count = receiveMessage(this.fd, bytes.subarray(done), fds);
+      const count = receiveMessage(this.fd, bytes.subarray(done), this.expected ?? fds);
       assert.deepEqual(fds, []);
       assert.notEqual(count, 0, "the back-end hung up");
       if (count > 0) done += count;
@@ -283,6 +309,11 @@ export class Ring {
     this.dataAt += Math.ceil(length / 16) * 16;
     assert.ok(this.dataAt <= MEMORY_BYTES, "the test needs more memory than it has");
     return at;
+  }
+
+  /** Use the room of requests that are finished for others. */
+  rewind(): void {
+    this.dataAt = DATA + this.index * RING_BYTES;
   }
 
   /** Make a request available; the device is not notified. */
