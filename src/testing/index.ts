@@ -9,3 +9,6 @@ export {
   FakeTransport,
   type FakeTransportOptions,
 } from "./fake-transport.js";
+export { HostileDevice } from "./hostile-device.js";
+export type { HostileRing } from "./hostile-ring.js";
+export { LIES, type Lie, type LieOutcome } from "./lies.js";
