@@ -157,13 +157,16 @@ export class CompletionWatch {
   private drain(): void {
     const { queue } = this;
     const depth = queue.inFlight;
-    const budget = TURN_REQUESTS * queue.layout.queueSize;
-    for (let rest = budget; rest > 0; ) {
-      rest -= this.reapSafely(rest);
+    let reaped = 0;
+    for (let rest = TURN_REQUESTS * queue.layout.queueSize; rest > 0; ) {
+      const count = this.reapSafely(rest);
+      reaped += count;
+      // A device that takes back what it showed must not keep this turn from ending.
+      rest -= Math.max(1, count);
       if (rest > 0 && (this.watcher === undefined || this.isNotified())) {
         this.cancelTurn();
         this.holdProcess(queue.inFlight > 0);
-        this.adapt(budget - rest, depth);
+        this.adapt(reaped, depth);
         return;
       }
     }

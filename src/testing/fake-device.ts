@@ -90,6 +90,14 @@ export class FakeRequest {
     this.written = Math.max(this.written, position + bytes.length);
     return this;
   }
+
+  /** Fill what the driver sent with `byte`, although a device may only read it. */
+  scribble(byte: number): void {
+    const { offset, length, region, readableCount } = this.chain;
+    for (let i = 0; i < readableCount; i++) {
+      this.memory.bytes[region[i]].fill(byte, offset[i], offset[i] + length[i]);
+    }
+  }
 }
 
 /**
@@ -122,6 +130,14 @@ export class FakeRequest {
  * ```
  */
 export class FakeDevice {
+  /** Negotiated features. */
+  readonly features: bigint;
+  /** Sizes and offsets of the queue. */
+  readonly layout: VirtqueueLayout;
+  /** The memory that the queue lies in. */
+  readonly buffer: ArrayBuffer;
+  /** Byte offset of the queue in `buffer`. */
+  readonly offset: number;
   /** The device's half of the queue, for what this class does not offer. */
   readonly queue: DeviceVirtqueue;
   /** All memory that descriptors may point to. */
@@ -136,6 +152,10 @@ export class FakeDevice {
     const { layout, buffer, offset = 0, features = 0n } = options;
     const { iova = offset } = options;
     const packed = VirtioFeature.RING_PACKED;
+    this.features = features;
+    this.layout = layout;
+    this.buffer = buffer;
+    this.offset = offset;
     this.memory = options.memory ?? linearMemory(buffer, iova - offset);
     this.queue = new DeviceVirtqueue({
       queueSize: layout.queueSize,

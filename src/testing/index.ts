@@ -18,3 +18,6 @@ export {
   type FakeTransportOptions,
 } from "./fake-transport.js";
 export { FakeVhostVdpa, type FakeVhostVdpaOptions } from "./fake-vhost-vdpa.js";
+export { HostileDevice } from "./hostile-device.js";
+export type { HostileRing } from "./hostile-ring.js";
+export { LIES, type Lie, type LieOutcome } from "./lies.js";

@@ -87,6 +87,10 @@ export class PackedRing {
   private readonly slots: SlotMemory;
 
   private readonly records: Int32Array;
+  /** What {@link epoch} was when the chain with this id was committed. */
+  private readonly epochs: Int32Array;
+  /** Moves on with each publish: a chain committed in the present epoch is not visible to the device yet. */
+  private epoch = 0;
   private freeId = 0;
   /** Free descriptors down to which framed requests do not use tables. */
   private readonly directReserve: number;
@@ -132,6 +136,7 @@ export class PackedRing {
     this.directReserve = this.slots.frameFits ? 0 : n;
 
     this.records = new Int32Array(n * RECORD_WORDS);
+    this.epochs = new Int32Array(n);
     for (let id = 0; id < n; id++) this.records[(id << 2) + NEXT_ID] = id + 1 === n ? 0 : id + 1;
   }
 
@@ -305,6 +310,7 @@ export class PackedRing {
     Atomics.store(this.desc, held, this.heldTail);
     const added = this.numHeld;
     this.heldAt = -1;
+    this.epoch = (this.epoch + 1) | 0;
     // MO-6 full: flags before the load of the device's event suppression, both calls sequentially
     // consistent. The device stores its event suppression, then loads the flags again (MO-14). One 32-bit
     // load takes desc and flags together (MO-8 on the device's side).
@@ -334,7 +340,9 @@ export class PackedRing {
       const flags = Atomics.load(desc16, at + FLAGS16);
       if ((flags & USED_MASK) !== this.usedBits) return -1;
       id = desc16[at + ID16];
-      if (id >= this.size || records[id << 2] === 0) throw this.fail(badId(id));
+      if (id >= this.size || records[id << 2] === 0 || (this.heldAt >= 0 && this.epochs[id] === this.epoch)) {
+        throw this.fail(badId(id));
+      }
       // By 2.8.5 len counts only where WRITE is set. QEMU never sets it and means len all the same, as Linux takes it.
       length = this.desc[(this.nextUsed << 2) + 2] >>> 0;
       if (inOrder) this.startBatch(id, length);
@@ -515,6 +523,7 @@ export class PackedRing {
     this.freeId = records[record + NEXT_ID];
     records[record] = count;
     records[record + WRITABLE] = writable | 0;
+    this.epochs[id] = this.epoch;
     this.numFree -= count;
     this.inFlight++;
     const after = next + count;
@@ -551,5 +560,5 @@ export class PackedRing {
 }
 
 function badId(id: number): Error {
-  return brokenRing("id", id, "the id of a buffer in flight");
+  return brokenRing("id", id, "the id of a published buffer in flight");
 }

@@ -84,6 +84,8 @@ export class SplitRing {
   private readonly directReserve: number;
 
   private readonly records: Int32Array;
+  /** What `published` was when the chain with this head was committed: while it still is so, look closer. */
+  private readonly epochs: Uint16Array;
   /** IN_ORDER: heads in the order made available, a ring of `size`. */
   private readonly order: Uint16Array;
   /** IN_ORDER: position in `order` of each head in flight. */
@@ -129,6 +131,7 @@ export class SplitRing {
 
     this.records = new Int32Array(n * RECORD_WORDS);
     for (let d = 0; d < n; d++) this.records[d << 2] = (d + 1) & this.mask;
+    this.epochs = new Uint16Array(n);
     this.order = new Uint16Array(this.inOrder ? n : 0);
     this.orderAt = new Uint16Array(this.inOrder ? n : 0);
   }
@@ -299,7 +302,7 @@ export class SplitRing {
     if (id >= this.size) throw this.fail(badId(id));
     const record = id << 2;
     const extent = records[record + EXTENT];
-    if (extent === 0) throw this.fail(badId(id));
+    if (extent === 0 || (this.epochs[id] === this.published && this.isUnpublished(id))) throw this.fail(badId(id));
     const length = used32[at + 1];
     const writable = records[record + WRITABLE] >>> 0;
     this.usedLength = length > writable ? writable : length;
@@ -366,6 +369,7 @@ export class SplitRing {
     this.numFree -= count;
     records[record + EXTENT] = last | (count << 16);
     records[record + WRITABLE] = writable | 0;
+    this.epochs[head] = this.published;
     const idx = this.availIdx;
     const at = idx & this.mask;
     if (this.inOrder) {
@@ -374,6 +378,17 @@ export class SplitRing {
     }
     this.avail[RING16 + at] = head;
     this.availIdx = (idx + 1) & 0xffff;
+  }
+
+  /**
+   * Whether the chain with this head was committed after the last publish, or 65536 chains before. The available ring
+   * tells; a device that wrote into it, too, is told to be lying or believed, and either harms only itself.
+   */
+  private isUnpublished(head: number): boolean {
+    for (let idx = this.published; idx !== this.availIdx; idx = (idx + 1) & 0xffff) {
+      if (this.avail[RING16 + (idx & this.mask)] === head) return true;
+    }
+    return false;
   }
 
   /** Load used.idx once for the whole batch. */
@@ -453,5 +468,5 @@ export class SplitRing {
 }
 
 function badId(id: number): Error {
-  return brokenRing("used.ring id", id, "the head of a chain in flight");
+  return brokenRing("used.ring id", id, "the head of a published chain in flight");
 }

@@ -299,3 +299,20 @@ test("mode poll does nothing by itself", async (t) => {
   assert.deepEqual(bench.reaped, []);
   assert.equal(bench.wantsNotification, false);
 });
+
+test("a device that says there is more, and has nothing whenever one looks, keeps nobody else from running", async (t) => {
+  const bench = new Bench(t, "event");
+  bench.submit();
+  // It takes its used index back between two looks of the driver.
+  bench.queue.enableNotifications = () => true;
+  let looks = 0;
+  bench.onLook = () => {
+    looks++;
+    assert.ok(looks < 100_000, "one turn never ends");
+  };
+  bench.signal();
+  await bench.until(() => looks > 0);
+  await nextTurn();
+  await nextTurn();
+  assert.ok(looks > 2);
+});

@@ -56,6 +56,15 @@ const SPLIT: readonly Lie[] = [
     message: /used\.idx 4, expected at most 3/,
   },
   {
+    what: "id of a chain that is committed but not published",
+    options: {},
+    tell: (ring) => {
+      ring.setUsed(0, ring.add(1, 0), 0);
+      ring.usedIdx = 1;
+    },
+    message: /used\.ring id 6, expected .* published/,
+  },
+  {
     what: "id out of range",
     options: {},
     tell: (ring) => {
@@ -161,6 +170,18 @@ const SPLIT: readonly Lie[] = [
 ];
 
 const PACKED: readonly Lie[] = [
+  {
+    what: "id of a buffer that is committed but not published",
+    options: {},
+    tell: (ring) => ring.setPacked(0, ring.add(1, 0), 0, WRAP_1),
+    message: /id 3, expected .* published/,
+  },
+  {
+    what: "IN_ORDER: id of a buffer that is committed but not published",
+    options: { inOrder: true },
+    tell: (ring) => ring.setPacked(0, ring.add(1, 0), 0, WRAP_1),
+    message: /id 3, expected .* published/,
+  },
   {
     what: "id out of range",
     options: {},

@@ -18,6 +18,7 @@ import {
 import type { VirtioTransport } from "../../transports/transport.js";
 import { isPowerOfTwo } from "../../virtqueue/index.js";
 import { adoptQueues } from "./adoption.js";
+import { type DeviceCalls, DRAIN_TIMEOUT, forgetDrop, keepFor, watchForDrop, weakly } from "./dropped.js";
 import { Handovers } from "./handover.js";
 import { type BlockInfo, describeDevice } from "./info.js";
 import { type BlkControl, type BlkMemory, negotiateBlk, readBlkConfig, startBlkQueues } from "./negotiate.js";
@@ -29,8 +30,8 @@ import type { VirtioBlkQueue } from "./queue.js";
 import { discardRequests, type SegmentLimits } from "./ranges.js";
 import { type ReadResult, Scheduler, type WriteResult } from "./scheduler.js";
 
-/** Milliseconds that `close` waits for requests in flight. */
-const DRAIN_TIMEOUT = 5000;
+/** What others tell a device. Set by the class below. */
+let Calls: DeviceCalls<BlockDevice>;
 
 /**
  * An open virtio-blk device. Requests that are larger than the device allows are split, requests that find the
@@ -38,7 +39,7 @@ const DRAIN_TIMEOUT = 5000;
  *
  * A buffer stays lent to the device until the request is done, whatever was aborted. Nothing orders requests
  * in flight at the same time: await the first where the second depends on it. A completed write is stable after
- * a `flush` that was called after it.
+ * a `flush` that was called after it. Who drops a device without `close` is warned: code WARN_VIRTIO_DROPPED.
  *
  * @example
  * ```ts
@@ -111,13 +112,9 @@ export class BlockDevice {
   static async adopt(port: MessagePort, options: AdoptOptions = {}): Promise<BlockDevice> {
     const { control, config, memory, options: openOptions } = adoptQueues(port, options);
     const device = new BlockDevice(control, config, memory, openOptions);
-    control.onConfig = (latest) => device.configure(latest);
-    control.onConfigChange = () => device.onConfigChange?.(device.capacity);
-    control.onClosing = (error) => {
-      if (device.closing !== undefined) return;
-      void device.close();
-      device.onLost?.(error);
-    };
+    control.onConfig = weakly(device, Calls.configure);
+    control.onConfigChange = weakly(device, Calls.changed);
+    control.onClosing = weakly(device, Calls.closing);
     control.start();
     return device;
   }
@@ -136,21 +133,38 @@ export class BlockDevice {
     const { blkSize } = config;
     this.blockSize = blkSize !== undefined && blkSize >= SECTOR_SIZE && isPowerOfTwo(blkSize) ? blkSize : SECTOR_SIZE;
     this.readOnly = options.readOnly === true || this.has(BlkFeature.RO);
-    this.scheduler = new Scheduler(memory.queues, this.bounce, (error) => this.lose(error));
+    this.scheduler = new Scheduler(memory.queues, this.bounce, weakly(this, Calls.lose));
     this.handovers = new Handovers(transport, memory, this.scheduler, config, {
       options,
       ended: () => this.ended,
       refresh: () => this.refresh(),
       lose: (error) => this.lose(error),
     });
-    transport.onLost = (error) => this.lose(error);
-    transport.onConfigChange = () => {
-      this.refresh().then(
-        () => this.configChanged(),
-        (error: unknown) => {
-          if (this.closing === undefined) this.lose(error);
-        },
-      );
+    transport.onLost = weakly(this, Calls.lose);
+    transport.onConfigChange = weakly(this, Calls.refresh);
+    watchForDrop(this, { transport, scheduler: this.scheduler, queues: memory.queues });
+    keepFor(memory.pool, this);
+  }
+
+  // What others call. Not in the constructor, whose closures would keep the device: see weakly().
+  static {
+    Calls = {
+      lose: (device, error) => device.lose(error),
+      changed: (device) => device.onConfigChange?.(device.capacity),
+      configure: (device, latest) => device.configure(latest),
+      closing: (device, error) => {
+        if (device.closing !== undefined) return;
+        void device.close();
+        device.onLost?.(error);
+      },
+      refresh: (device) => {
+        device.refresh().then(
+          () => device.configChanged(),
+          (error: unknown) => {
+            if (device.closing === undefined) device.lose(error);
+          },
+        );
+      },
     };
   }
 
@@ -340,7 +354,9 @@ export class BlockDevice {
    */
   takeQueue(): VirtioBlkQueue {
     this.throwIfEnded();
-    return this.scheduler.takeQueue();
+    const queue = this.scheduler.takeQueue();
+    keepFor(queue, this);
+    return queue;
   }
 
   /**
@@ -375,6 +391,7 @@ export class BlockDevice {
   }
 
   private async shutDown(): Promise<void> {
+    forgetDrop(this);
     try {
       if (this.scheduler.failure === undefined) {
         this.scheduler.setMode("event");

@@ -1,0 +1,83 @@
+/** Devices that nobody closed: noticed when the collector finds them, told by a warning, and closed then. */
+
+import { VirtioError } from "../../errors.js";
+import type { BlkConfig } from "../../protocol/blk.js";
+import type { BlkControl } from "./negotiate.js";
+import type { VirtioBlkQueue } from "./queue.js";
+import type { Scheduler } from "./scheduler.js";
+
+/** Code of the warning that `process` emits. */
+const WARNING = "WARN_VIRTIO_DROPPED";
+/** Milliseconds that the end of a device waits for requests in flight. */
+export const DRAIN_TIMEOUT = 5000;
+
+/** What is left of a device when nobody has it any more. Nothing of {@link keepFor} but queues. */
+export interface Remains {
+  readonly transport: Pick<BlkControl, "address" | "close">;
+  readonly scheduler: Scheduler;
+  readonly queues: readonly VirtioBlkQueue[];
+}
+
+/** What the transport, the scheduler and another thread tell a device `D`. */
+export interface DeviceCalls<D> {
+  readonly lose: (device: D, error: unknown) => void;
+  readonly refresh: (device: D) => void;
+  readonly changed: (device: D) => void;
+  readonly configure: (device: D, latest: BlkConfig) => void;
+  readonly closing: (device: D, error: VirtioError) => void;
+}
+
+const registry = new FinalizationRegistry<Remains>((remains) => void closeRemains(remains));
+/** Whoever has the key needs the device. */
+const needed = new WeakMap<object, object>();
+
+/** Close what is left of `device` when it was collected, unless {@link forgetDrop} comes first. */
+export function watchForDrop(device: object, remains: Remains): void {
+  registry.register(device, remains, device);
+}
+
+/** The device is being closed, as it should be. */
+export function forgetDrop(device: object): void {
+  registry.unregister(device);
+}
+
+/** Keep `device` for as long as somebody has `part` of it: a queue that was taken, the pool of a buffer. */
+export function keepFor(part: object, device: object): void {
+  needed.set(part, device);
+}
+
+/**
+ * A callback that does not keep `target` from being collected, and does nothing when it was. `call` must not stand in
+ * a function that has closures over the target: closures of one function share what they keep.
+ */
+export function weakly<T extends object, A extends unknown[]>(
+  target: T,
+  call: (target: T, ...rest: A) => void,
+): (...rest: A) => void {
+  const reference = new WeakRef(target);
+  return (...rest) => {
+    const found = reference.deref();
+    if (found !== undefined) call(found, ...rest);
+  };
+}
+
+async function closeRemains({ transport, scheduler, queues }: Remains): Promise<void> {
+  const { address } = transport;
+  warn(`${address} was dropped without close(), and is closed now; use "await using", or close it yourself`);
+  const closed = new VirtioError("ERR_VIRTIO_CLOSED", `${address} was dropped and is closed; open it again`);
+  if (scheduler.failure === undefined) {
+    scheduler.setMode("event");
+    await scheduler.idle(DRAIN_TIMEOUT);
+  }
+  for (const queue of queues) queue.fail(closed);
+  try {
+    await transport.close();
+  } catch (error) {
+    warn(`${address} was dropped and could not be closed well: ${String(error)}`);
+  }
+  scheduler.fail(closed);
+}
+
+function warn(message: string): void {
+  process.emitWarning(message, { type: "VirtioWarning", code: WARNING });
+}
