@@ -6,7 +6,7 @@ import { positiveNumber } from "./options.js";
 
 /** The address of the device as an argument. */
 export const addressArgument = (): Argument =>
-  new Argument("<address>", "the device: vhost-user:PATH, vhost-vdpa:PATH, ram:SIZE or file:PATH");
+  new Argument("<address>", "the device: vhost-user:PATH, vhost-vdpa:PATH, pci:DDDD:BB:DD.F, ram:SIZE or file:PATH");
 
 /** Options of how to reach the device. */
 export interface DeviceFlags {

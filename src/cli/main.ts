@@ -19,7 +19,8 @@ const COMMANDS: Readonly<Record<string, () => Promise<{ readonly command: Comman
 };
 
 const HELP = `
-Devices are named by address: vhost-user:PATH, vhost-vdpa:PATH, ram:SIZE, file:PATH. Sizes: 512, 4K, 1M, 2G, 1GiB.
+Devices are named by address: vhost-user:PATH, vhost-vdpa:PATH, pci:DDDD:BB:DD.F, ram:SIZE, file:PATH.
+Sizes: 512, 4K, 1M, 2G, 1GiB.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 4 device or permission.
 
 Examples:

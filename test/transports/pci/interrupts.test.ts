@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import fc from "fast-check";
 import { VirtioError } from "../../../src/errors.js";
+import type { FakePciFunction } from "../../../src/testing/index.js";
 import { vectorPlans } from "../../../src/transports/pci/interrupts.js";
 import { turnUntil } from "../../sys/helpers.js";
 import { attach, attachRunning, BASE, CONFIG, failure, signalled, start, woken } from "./support.js";
@@ -84,6 +85,13 @@ describe("MSI-X", () => {
     const { fn, device } = await attach(t, THREE, (each) => (each.takesVector = () => false));
     await assert.rejects(start(device), failure("ERR_VIRTIO_REJECTED", "4"));
     assert.equal(fn.log.filter(({ name }) => name === "setMsix").at(-1)?.value, 0, "MSI-X is off again");
+    assert.deepEqual(fn.written("QUEUE_ENABLE"), []);
+  });
+
+  test("PCI-DRV-28 the vector of the config is verified as well", async (t) => {
+    const refusing = (each: FakePciFunction) => (each.takesVector = (_vector, queue) => queue !== undefined);
+    const { fn, device } = await attach(t, THREE, refusing);
+    await assert.rejects(start(device), failure("ERR_VIRTIO_REJECTED"));
     assert.deepEqual(fn.written("QUEUE_ENABLE"), []);
   });
 
@@ -171,6 +179,12 @@ describe("changes of the config", () => {
       assert.deepEqual(await woken(queues, [0, 1, 2]), [0, 1, 2]);
     }
     assert.equal(changes, 0);
+    fn.changeConfig(Uint8Array.of(1));
+    assert.ok(await turnUntil(() => changes === 1));
+    assert.deepEqual(signalled(queues), [0, 1, 2]);
+    fn.queues[0].interrupt();
+    assert.deepEqual(await woken(queues, [0, 1, 2]), [0, 1, 2]);
+    assert.equal(changes, 1, "a change is told once");
   });
 
   test("each is told, also one that came while nobody read", async (t) => {

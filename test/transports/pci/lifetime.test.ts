@@ -67,6 +67,20 @@ describe("a device that is pulled out", () => {
     assert.deepEqual(held(), before);
   });
 
+  test("whoever waits for the reset of a queue hears of it, long before the time is up", async (t) => {
+    const features = BASE | VirtioFeature.RING_RESET;
+    const { fn, device } = await attachRunning(
+      t,
+      { features },
+      {
+        prepare: (each) => (each.queueResetReads = Number.POSITIVE_INFINITY),
+      },
+    );
+    const waiting = device.resetQueue(0, { timeout: 100_000 });
+    fn.remove();
+    await assert.rejects(waiting, failure("ERR_VIRTIO_DISCONNECTED", "removed"));
+  });
+
   test("in each step of bringing it up that is an error in time, never a hang", async () => {
     const whole = new FakePciFunction({ config: CONFIG, features: BASE | VirtioFeature.RING_RESET });
     await live(whole);
