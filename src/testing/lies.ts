@@ -219,9 +219,9 @@ export const LIES: readonly Lie[] = [
   },
   {
     name: "write-missing",
-    what: "a right used entry without WRITE, which says that nothing was written",
+    what: "a length of 2^32-1 in a used entry without WRITE; some devices never set it",
     format: "packed",
-    outcome: "short",
+    outcome: "whole",
     tell(hostile, request) {
       const { position, usedFlags } = hostile;
       answer(hostile, request);

@@ -7,7 +7,6 @@ import type { VirtqueueLayout } from "../../src/virtqueue/index.js";
 
 const AVAIL = 0x80;
 const USED = 0x8000;
-const WRITE = 2;
 
 /** A chain as the driver committed it. */
 export interface Chain {
@@ -166,8 +165,8 @@ export class Oracle {
     const flags = this.flagsAt(at);
     if (this.inFlight.length === 0 || !this.isUsed(flags)) return "nothing";
     const entry = this.base + 16 * at;
-    const length = (flags & WRITE) === 0 ? 0 : this.view.getUint32(entry + 8, true);
-    return { id: this.view.getUint16(entry + 12, true), length };
+    // With or without WRITE: QEMU never sets it.
+    return { id: this.view.getUint16(entry + 12, true), length: this.view.getUint32(entry + 8, true) };
   }
 
   private returnOldest(): Verdict {

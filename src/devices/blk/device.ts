@@ -18,12 +18,12 @@ import {
 import type { VirtioTransport } from "../../transports/transport.js";
 import { isPowerOfTwo } from "../../virtqueue/index.js";
 import { adoptQueues } from "./adoption.js";
-import { type DeviceCalls, DRAIN_TIMEOUT, forgetDrop, keepFor, watchForDrop, weakly } from "./dropped.js";
+import { type DeviceCalls, DRAIN_TIMEOUT, forgetDrop, keepFor, lostError, watchForDrop, weakly } from "./dropped.js";
 import { Handovers } from "./handover.js";
 import { type BlockInfo, describeDevice } from "./info.js";
 import { type BlkControl, type BlkMemory, negotiateBlk, readBlkConfig, startBlkQueues } from "./negotiate.js";
 import { ControlOperation, type Memory, stretchOf, TransferOperation } from "./operation.js";
-import { checkOpenOptions, checkSignal, checkTransferOptions, rangeList } from "./options.js";
+import { checkOpenOptions, checkSignal, checkTransferOptions, NO_OPTIONS, rangeList } from "./options.js";
 import type { AdoptOptions, BlockRange, HandOverOptions, OpenBlockOptions, TransferOptions } from "./options.js";
 import type { CompletionMode } from "../completion.js";
 import type { VirtioBlkQueue } from "./queue.js";
@@ -146,7 +146,7 @@ export class BlockDevice {
     keepFor(memory.pool, this);
   }
 
-  // What others call. Not in the constructor, whose closures would keep the device: see weakly().
+  // Not in the constructor, whose closures would keep the device: see weakly().
   static {
     Calls = {
       lose: (device, error) => device.lose(error),
@@ -157,14 +157,7 @@ export class BlockDevice {
         void device.close();
         device.onLost?.(error);
       },
-      refresh: (device) => {
-        device.refresh().then(
-          () => device.configChanged(),
-          (error: unknown) => {
-            if (device.closing === undefined) device.lose(error);
-          },
-        );
-      },
+      refresh: (device) => void device.followConfig(),
     };
   }
 
@@ -257,7 +250,7 @@ export class BlockDevice {
     checkSignal(options.signal);
     this.throwIfEnded();
     if (!this.has(BlkFeature.FLUSH)) return;
-    await this.run(new ControlOperation(BlkRequestType.FLUSH, [NO_DATA], false), options.signal);
+    await this.run(new ControlOperation(BlkRequestType.FLUSH, [new Uint8Array(0)], false), options.signal);
   }
 
   /**
@@ -425,17 +418,20 @@ export class BlockDevice {
 
   private lose(cause: unknown): void {
     if (this.isStopping || this.scheduler.failure !== undefined) return;
-    const error =
-      cause instanceof VirtioError
-        ? cause
-        : new VirtioError("ERR_VIRTIO_DISCONNECTED", `${this.address} is lost: ${String(cause)}`, { cause });
+    const error = lostError(this.address, cause);
     this.transport.report?.(error);
     this.endAll(error);
     // Whoever called `close` knows already that the device is no more.
     if (this.closing === undefined) this.onLost?.(error);
   }
 
-  private configChanged(): void {
+  private async followConfig(): Promise<void> {
+    try {
+      await this.refresh();
+    } catch (error) {
+      if (this.closing === undefined) this.lose(error);
+      return;
+    }
     this.handovers.tellConfigChanged();
     this.onConfigChange?.(this.capacity);
   }
@@ -601,6 +597,3 @@ export class BlockDevice {
     }
   }
 }
-
-const NO_OPTIONS = {};
-const NO_DATA = new Uint8Array(0);

@@ -1,4 +1,4 @@
-/** Devices that nobody closed: noticed when the collector finds them, told by a warning, and closed then. */
+/** How devices end that were lost, or that nobody closed: these are noticed by the collector, told, and closed. */
 
 import { VirtioError } from "../../errors.js";
 import type { BlkConfig } from "../../protocol/blk.js";
@@ -61,13 +61,24 @@ export function weakly<T extends object, A extends unknown[]>(
   };
 }
 
+/** The error of a device that is gone because of `cause`. */
+export function lostError(address: string, cause: unknown): VirtioError {
+  if (cause instanceof VirtioError) return cause;
+  return new VirtioError("ERR_VIRTIO_DISCONNECTED", `${address} is lost: ${String(cause)}`, { cause });
+}
+
 async function closeRemains({ transport, scheduler, queues }: Remains): Promise<void> {
   const { address } = transport;
   warn(`${address} was dropped without close(), and is closed now; use "await using", or close it yourself`);
   const closed = new VirtioError("ERR_VIRTIO_CLOSED", `${address} was dropped and is closed; open it again`);
-  if (scheduler.failure === undefined) {
-    scheduler.setMode("event");
-    await scheduler.idle(DRAIN_TIMEOUT);
+  try {
+    if (scheduler.failure === undefined) {
+      scheduler.setMode("event");
+      await scheduler.idle(DRAIN_TIMEOUT);
+    }
+  } catch (error) {
+    // There was no descriptor left to wait with.
+    warn(`${address} was dropped and could not wait for what is in flight: ${String(error)}`);
   }
   for (const queue of queues) queue.fail(closed);
   try {

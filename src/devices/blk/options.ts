@@ -4,6 +4,9 @@ import { checkInteger, checkOptions, rangeError, typeError } from "../../errors.
 import type { WaitOptions } from "../../transports/transport.js";
 import type { CompletionMode } from "../completion.js";
 
+/** What a call without options is called with. */
+export const NO_OPTIONS = {};
+
 /** Options of `openBlock` and `BlockDevice.open`. */
 export interface OpenBlockOptions extends WaitOptions {
   /** Request queues to use, 1 to what the device has. Default 1. */
