@@ -13,7 +13,7 @@ import { LIES, type Lie } from "./lies.js";
  *
  * @example
  * ```ts
- * import { Virtqueue, VirtqueueLayout } from "virtio-driver";
+ * import { VirtioError, Virtqueue, VirtqueueLayout } from "virtio-driver";
  * import { FakeDevice, HostileDevice } from "virtio-driver/testing";
  *
  * const layout = new VirtqueueLayout({ queueSize: 4 });
@@ -29,7 +29,7 @@ import { LIES, type Lie } from "./lies.js";
  * try {
  *   queue.poll();
  * } catch (error) {
- *   console.log(error.code); // ERR_VIRTIO_QUEUE_BROKEN
+ *   if (error instanceof VirtioError) console.log(error.code); // ERR_VIRTIO_QUEUE_BROKEN
  * }
  * ```
  */
