@@ -94,9 +94,4 @@ export class CommonConfig implements StatusRegister {
     this.write(lo, address % 2 ** 32);
     this.write(hi, Math.floor(address / 2 ** 32));
   }
-
-  /** Unmap the registers. Idempotent. */
-  close(): void {
-    this.#registers.close();
-  }
 }

@@ -90,11 +90,6 @@ export class DeviceConfig {
     }
   }
 
-  /** Unmap the registers. Idempotent. */
-  close(): void {
-    this.#registers.close();
-  }
-
   #read({ offset, width }: Field): number {
     return this.#registers.read(offset, width);
   }

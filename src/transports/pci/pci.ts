@@ -180,7 +180,7 @@ export class Pci implements VirtioTransport {
       features = this.#chooseFeatures(wanted);
       common.writeFeatures(features, this.offeredFeatures);
     } catch (error) {
-      quietly(() => status.fail());
+      status.giveUp();
       throw error;
     }
     status.featuresOk(features);
@@ -260,7 +260,7 @@ export class Pci implements VirtioTransport {
       this.#phase = "running";
       return queues;
     } catch (error) {
-      quietly(() => status.fail());
+      status.giveUp();
       quietly(() => this.#interrupts.disconnect());
       for (const queue of this.#started.values()) queue.close();
       throw error;
