@@ -4,6 +4,7 @@ export { openBlock } from "./address.js";
 export {
   type AdoptOptions,
   BlockDevice,
+  type BlockEvents,
   type BlockInfo,
   type BlockRange,
   type BlkLimits,
@@ -14,6 +15,8 @@ export {
   type Memory,
   type OpenBlockOptions,
   type ReadResult,
+  type ReconnectAttempt,
+  type ReconnectOutcome,
   type TransferOptions,
   VirtioBlkQueue,
   type VirtioBlkQueueOptions,

@@ -73,7 +73,7 @@ describe("a disk that changes its size", () => {
       const { backend, errors } = backendFor(t, storage);
       await using disk = await openBlock(`vhost-user:${backend.path}`);
       const seen: number[] = [];
-      disk.onConfigChange = (bytes) => seen.push(bytes);
+      disk.on("resize", (bytes) => seen.push(bytes));
       await disk.write(pattern(4096), { position: MIB - 4096 });
 
       await backend.resize(2 * MIB);
@@ -259,12 +259,10 @@ describe("a disk that changes its size", () => {
     };
     await says(/serving/);
     await using disk = await openBlock(`vhost-user:${path}`);
-    const changed = new Promise<number>((resolve) => {
-      disk.onConfigChange = resolve;
-    });
+    const changed = once(disk, "resize");
     truncateSync(image, 3 * MIB);
     child.kill("SIGUSR2");
-    assert.equal(await soon(changed, "the change"), 3 * MIB);
+    assert.deepEqual(await soon(changed, "the change"), [3 * MIB, MIB]);
     await says(/the disk has 3 MiB now/);
     truncateSync(image, 3 * MIB + 1);
     child.kill("SIGUSR2");

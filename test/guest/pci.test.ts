@@ -284,11 +284,9 @@ for (const name of ["SPLIT", "PACKED"] as const) {
       const disk = await openBlock(address);
       try {
         for (const size of [GUEST_DISK_BYTES + 4 * MIB, GUEST_DISK_BYTES]) {
-          const changed = new Promise<number>((resolve) => {
-            disk.onConfigChange = resolve;
-          });
+          const changed = once(disk, "resize");
           await resizeDisk(name, size);
-          assert.equal(await changed, size);
+          assert.equal((await changed)[0], size);
           assert.equal(disk.capacity, size);
         }
       } finally {
@@ -326,11 +324,9 @@ for (const [name, vectors] of [
       const disk = await openBlock(address, { queues: 2 });
       try {
         for (const size of [GUEST_DISK_BYTES + MIB, GUEST_DISK_BYTES]) {
-          const changed = new Promise<number>((resolve) => {
-            disk.onConfigChange = resolve;
-          });
+          const changed = once(disk, "resize");
           await resizeDisk(name, size);
-          assert.equal(await changed, size);
+          assert.equal((await changed)[0], size);
         }
       } finally {
         await disk.close();

@@ -77,9 +77,8 @@ export class AdoptedControl implements BlkControl {
   readonly maxQueues: number;
   readonly hasConfig: boolean;
   onLost: ((error: Error) => void) | undefined;
-  onConfigChange: (() => void) | undefined;
-  /** Called with the config space whenever the opener has read it. */
-  onConfig: ((config: BlkConfig) => void) | undefined;
+  /** Called with the config space whenever the opener has read it, and whether the device had changed it. */
+  onConfig: ((config: BlkConfig, isChanged: boolean) => void) | undefined;
   /** Called when the opener closes the device and waits for the queues. */
   onClosing: ((error: VirtioError) => void) | undefined;
 
@@ -154,10 +153,7 @@ export class AdoptedControl implements BlkControl {
   private hear(message: OpenerMessage): void {
     switch (message.type) {
       case "config":
-        this.onConfig?.(message.config);
-        break;
-      case "configChanged":
-        this.onConfigChange?.();
+        this.onConfig?.(message.config, message.isChanged);
         break;
       case "closing":
         this.onClosing?.(closedElsewhere(this.address));

@@ -1,7 +1,7 @@
 /** A virtio-blk device as Node people expect one: promises, FileHandle-like reads and writes, `await using`. */
 
 import type { MessagePort } from "node:worker_threads";
-import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../../errors.js";
+import { checkOptions, typeError, VirtioError } from "../../errors.js";
 import { type BufferPool, DeviceBuffer, type MemoryRegion } from "../../memory/index.js";
 import {
   BLK_CONFIG_WRITEBACK_OFFSET,
@@ -18,7 +18,9 @@ import {
 import type { VirtioTransport } from "../../transports/transport.js";
 import { isPowerOfTwo } from "../../virtqueue/index.js";
 import { adoptQueues } from "./adoption.js";
+import { checkMemory, checkPart, checkRange } from "./checks.js";
 import { type DeviceCalls, DRAIN_TIMEOUT, forgetDrop, keepFor, lostError, watchForDrop, weakly } from "./dropped.js";
+import { BlockEmitter } from "./events.js";
 import { Handovers } from "./handover.js";
 import { type BlockInfo, describeDevice } from "./info.js";
 import { type BlkControl, type BlkMemory, negotiateBlk, readBlkConfig, startBlkQueues } from "./negotiate.js";
@@ -41,6 +43,8 @@ let Calls: DeviceCalls<BlockDevice>;
  * in flight at the same time: await the first where the second depends on it. A completed write is stable after
  * a `flush` that was called after it. Who drops a device without `close` is warned: code WARN_VIRTIO_DROPPED.
  *
+ * It emits {@link BlockEvents}: `lost`, `config`, `resize` and more.
+ *
  * @example
  * ```ts
  * import { openBlock } from "virtio-driver";
@@ -51,7 +55,7 @@ let Calls: DeviceCalls<BlockDevice>;
  * console.log(bytesRead, new TextDecoder().decode(buffer).trim()); // 512 virtio
  * ```
  */
-export class BlockDevice {
+export class BlockDevice extends BlockEmitter {
   /** The address it was opened by. */
   readonly address: string;
   /** Accepted features. */
@@ -60,10 +64,6 @@ export class BlockDevice {
   readonly blockSize: number;
   /** Whether requests that change the disk are refused. */
   readonly readOnly: boolean;
-  /** Called once when the device is lost; every pending and later call rejects with the same error. */
-  onLost: ((error: VirtioError) => void) | undefined = undefined;
-  /** Called when the device changed its config, with the new size of the disk in bytes. */
-  onConfigChange: ((capacity: number) => void) | undefined = undefined;
 
   private readonly transport: BlkControl;
   private readonly allQueues: readonly VirtioBlkQueue[];
@@ -91,7 +91,9 @@ export class BlockDevice {
       const features = await negotiateBlk(transport, options);
       const config = await readBlkConfig(transport, features, options);
       const memory = await startBlkQueues(transport, config, options);
-      return new BlockDevice(transport, config, memory, options);
+      const device = new BlockDevice(transport, config, memory, options);
+      transport.onConfigChange = weakly(device, Calls.refresh);
+      return device;
     } catch (error) {
       // Why it could not be opened matters more than whether what stands behind it ended well.
       await transport.close().catch(() => undefined);
@@ -113,13 +115,13 @@ export class BlockDevice {
     const { control, config, memory, options: openOptions } = adoptQueues(port, options);
     const device = new BlockDevice(control, config, memory, openOptions);
     control.onConfig = weakly(device, Calls.configure);
-    control.onConfigChange = weakly(device, Calls.changed);
     control.onClosing = weakly(device, Calls.closing);
     control.start();
     return device;
   }
 
   private constructor(transport: BlkControl, config: BlkConfig, memory: BlkMemory, options: OpenBlockOptions) {
+    super();
     this.transport = transport;
     this.address = transport.address;
     this.features = transport.features;
@@ -141,7 +143,6 @@ export class BlockDevice {
       lose: (error) => this.lose(error),
     });
     transport.onLost = weakly(this, Calls.lose);
-    transport.onConfigChange = weakly(this, Calls.refresh);
     watchForDrop(this, { transport, scheduler: this.scheduler, queues: memory.queues });
     keepFor(memory.pool, this);
   }
@@ -150,12 +151,11 @@ export class BlockDevice {
   static {
     Calls = {
       lose: (device, error) => device.lose(error),
-      changed: (device) => device.onConfigChange?.(device.capacity),
-      configure: (device, latest) => device.configure(latest),
+      configure: (device, latest, isChanged) => device.configure(latest, isChanged),
       closing: (device, error) => {
         if (device.closing !== undefined) return;
         void device.close();
-        device.onLost?.(error);
+        device.tell("lost", error);
       },
       refresh: (device) => void device.followConfig(),
     };
@@ -323,12 +323,10 @@ export class BlockDevice {
     return this.currentConfig.writeback === true;
   }
 
-  /** Read the config space again, as after a change by the device. */
+  /** Read the config space again. The events tell of another size of the disk, if it has one. */
   async refresh(): Promise<BlkConfig> {
     this.throwIfEnded();
-    this.configure(await readBlkConfig(this.transport, this.features, this.openOptions));
-    this.handovers.tellConfig(this.currentConfig);
-    return this.currentConfig;
+    return this.readConfig(false);
   }
 
   /**
@@ -422,24 +420,35 @@ export class BlockDevice {
     this.transport.report?.(error);
     this.endAll(error);
     // Whoever called `close` knows already that the device is no more.
-    if (this.closing === undefined) this.onLost?.(error);
+    if (this.closing === undefined) this.tell("lost", error);
   }
 
+  /** The device said that its config space changed. */
   private async followConfig(): Promise<void> {
     try {
-      await this.refresh();
+      await this.readConfig(true);
     } catch (error) {
       if (this.closing === undefined) this.lose(error);
-      return;
     }
-    this.handovers.tellConfigChanged();
-    this.onConfigChange?.(this.capacity);
   }
 
-  private configure(config: BlkConfig): void {
+  private async readConfig(isChanged: boolean): Promise<BlkConfig> {
+    const config = await readBlkConfig(this.transport, this.features, this.openOptions);
+    this.handovers.tellConfig(config, isChanged);
+    this.configure(config, isChanged);
+    return config;
+  }
+
+  /** Go on with another config. Listeners hear of it when the device changed it, or the size at least. */
+  private configure(config: BlkConfig, isChanged: boolean): void {
+    const previous = this.capacityBytes;
+    const capacity = Number(config.capacity) * SECTOR_SIZE;
     this.currentConfig = config;
-    this.capacityBytes = Number(config.capacity) * SECTOR_SIZE;
-    for (const queue of this.allQueues) queue.capacity = this.capacityBytes / SECTOR_SIZE;
+    this.capacityBytes = capacity;
+    for (const queue of this.allQueues) queue.capacity = capacity / SECTOR_SIZE;
+    if (this.ended !== undefined) return;
+    if (isChanged || capacity !== previous) this.tell("config", config);
+    if (capacity !== previous) this.tell("resize", capacity, previous);
   }
 
   private has(feature: bigint): boolean {
@@ -464,11 +473,13 @@ export class BlockDevice {
   ): Promise<ReadResult<Memory> | WriteResult<Memory>> {
     try {
       checkTransferOptions(options);
-      this.checkMemory(buffer);
+      checkMemory(buffer, this.regions);
       const { position = 0, offset = 0, signal } = options;
       const length = options.length ?? buffer.length - offset;
       checkSignal(signal);
-      this.checkTransfer(type, buffer, position, offset, length);
+      checkPart(buffer, offset, length);
+      this.throwIfEnded();
+      checkRange(this, type, position, length);
       const { scheduler } = this;
       if (buffer instanceof DeviceBuffer && signal === undefined && !scheduler.isBacklogged && this.fits(length)) {
         const promise = scheduler.transfer(type, position / SECTOR_SIZE, buffer, offset, length);
@@ -513,9 +524,10 @@ export class BlockDevice {
     const given: unknown = buffers; // isArray would make any[] of it
     if (!Array.isArray(given) || given.length === 0) throw typeError("buffers", "an array of buffers", buffers);
     const { position = 0 } = options;
-    for (const buffer of buffers) this.checkMemory(buffer);
+    for (const buffer of buffers) checkMemory(buffer, this.regions);
     const total = buffers.reduce((sum, buffer) => sum + buffer.length, 0);
-    this.checkRange(type, position, total);
+    this.throwIfEnded();
+    checkRange(this, type, position, total);
     const stretches = buffers.filter(({ length }) => length > 0).map((buffer) => stretchOf(buffer, 0, buffer.length));
     return new TransferOperation(type, stretches, position, this.limits);
   }
@@ -548,7 +560,7 @@ export class BlockDevice {
   ): Promise<void> {
     this.requireFeature(name, BlkFeature[name]);
     const list = rangeList(ranges);
-    for (const { position, length } of list) this.checkRange(type, position, length);
+    for (const { position, length } of list) checkRange(this, type, position, length);
     if (list.length === 0 || limits === undefined) return;
     const requests = discardRequests(list, limits, this.limits.maxRequestBytes, unmap);
     await this.run(new ControlOperation(type, requests, false), undefined);
@@ -558,42 +570,5 @@ export class BlockDevice {
     this.throwIfEnded();
     if (this.has(feature)) return;
     throw new VirtioError("ERR_VIRTIO_UNSUPPORTED", `${this.address} does not offer ${what}; see info.features`);
-  }
-
-  private checkMemory(buffer: unknown): void {
-    if (buffer instanceof DeviceBuffer) {
-      if (buffer.released) throw rangeError("buffer", "a lent buffer that was not released", "a released one");
-      // The address of another device's memory means something else to this one: its own rings, perhaps.
-      if (!this.regions.has(buffer.region)) throw rangeError("buffer", "a buffer lent by this device", "another's");
-      return;
-    }
-    if (!(buffer instanceof Uint8Array)) throw typeError("buffer", "a Uint8Array or a DeviceBuffer", buffer);
-  }
-
-  private checkTransfer(type: number, buffer: Memory, position: number, offset: number, length: number): void {
-    const end = buffer.length;
-    if (!(Number.isSafeInteger(offset) && offset >= 0 && offset <= end && offset + length <= end)) {
-      checkInteger("offset", offset, 0, end);
-      checkInteger("length", length, 1, end - offset);
-    }
-    this.checkRange(type, position, length);
-  }
-
-  private checkRange(type: number, position: number, length: number): void {
-    const { blockSize, capacity } = this;
-    const ended = this.ended;
-    if (ended !== undefined) throw ended;
-    if (this.readOnly && type !== BlkRequestType.IN) {
-      throw new VirtioError("ERR_VIRTIO_READ_ONLY", `${this.address} is read-only; nothing was changed`);
-    }
-    if (!(Number.isSafeInteger(length) && length > 0 && length % blockSize === 0)) {
-      throw rangeError("length", `a positive multiple of the block size ${blockSize}`, length);
-    }
-    if (!(Number.isSafeInteger(position) && position >= 0 && position % blockSize === 0)) {
-      throw rangeError("position", `a multiple of the block size ${blockSize}`, position);
-    }
-    if (length > capacity || position > capacity - length) {
-      throw rangeError("position", `${length} bytes inside the ${capacity} bytes of the disk`, position);
-    }
   }
 }

@@ -22,8 +22,7 @@ export interface Remains {
 export interface DeviceCalls<D> {
   readonly lose: (device: D, error: unknown) => void;
   readonly refresh: (device: D) => void;
-  readonly changed: (device: D) => void;
-  readonly configure: (device: D, latest: BlkConfig) => void;
+  readonly configure: (device: D, latest: BlkConfig, isChanged: boolean) => void;
   readonly closing: (device: D, error: VirtioError) => void;
 }
 

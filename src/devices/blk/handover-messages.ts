@@ -60,10 +60,8 @@ export interface PlainError {
 
 /** What the opener says. */
 export type OpenerMessage =
-  /** The config space as the opener has read it just now. */
-  | { readonly type: "config"; readonly config: BlkConfig }
-  /** The device has changed it. */
-  | { readonly type: "configChanged" }
+  /** The config space as the opener has read it just now, and whether the device had changed it. */
+  | { readonly type: "config"; readonly config: BlkConfig; readonly isChanged: boolean }
   /** The opener closes the device: end what is in flight and give everything back. */
   | { readonly type: "closing" }
   /** The device is no more. */

@@ -92,15 +92,10 @@ export class Handovers {
     }
   }
 
-  /** Tell all threads what the config space is now. */
-  tellConfig(config: BlkConfig): void {
+  /** Tell all threads what the config space is now, and whether the device has changed it. */
+  tellConfig(config: BlkConfig, isChanged: boolean): void {
     this.config = config;
-    this.tellAll({ type: "config", config });
-  }
-
-  /** Tell all threads that the device has changed it; comes after {@link tellConfig}. */
-  tellConfigChanged(): void {
-    this.tellAll({ type: "configChanged" });
+    this.tellAll({ type: "config", config, isChanged });
   }
 
   /** Tell all threads that the device has ended; there is nothing more to wait for. */

@@ -1,6 +1,7 @@
 /** The virtio-blk driver. */
 
 export { BlockDevice } from "./device.js";
+export type { BlockEvents, ReconnectAttempt, ReconnectOutcome } from "./events.js";
 export type { BlockInfo, CacheMode } from "./info.js";
 export type { BlkLimits } from "./limits.js";
 export type { Memory } from "./operation.js";

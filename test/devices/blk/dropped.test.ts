@@ -45,7 +45,7 @@ describe("a device that is dropped without close", { timeout: 30_000 }, () => {
       const transport = makeTransport({ onNotify: (queue) => takeBlk(queue).forEach(answerRead) });
       await (async () => {
         const disk = await BlockDevice.open(transport, { mode });
-        disk.onLost = () => assert.fail("nobody lost it");
+        disk.on("lost", () => assert.fail("nobody lost it"));
         const reading = disk.read(new Uint8Array(512));
         await nextTurn();
         if (mode === "poll") disk.poll();

@@ -88,7 +88,7 @@ describe("closing", () => {
     const bench = await openFake(t);
     const { disk, transport } = bench;
     let told = 0;
-    disk.onLost = () => told++;
+    disk.on("lost", () => told++);
     t.mock.timers.enable({ apis: ["setTimeout"] }); // time stands still: nothing may wait for it
     const error = gone();
     const reading = assert.rejects(disk.read(new Uint8Array(512)), (got) => got === error);
@@ -103,15 +103,15 @@ describe("closing", () => {
 
   test("closing is not a loss", async (t) => {
     const { disk } = await openFake(t);
-    disk.onLost = () => assert.fail("onLost");
-    disk.onConfigChange = () => assert.fail("onConfigChange");
+    disk.on("lost", () => assert.fail("lost"));
+    disk.on("config", () => assert.fail("config"));
     await disk.close();
     await turn();
   });
 
   test("a config change while closing is of no interest", async (t) => {
     const bench = await openFake(t);
-    bench.disk.onLost = () => assert.fail("onLost");
+    bench.disk.on("lost", () => assert.fail("lost"));
     const reading = bench.disk.read(new Uint8Array(512));
     const request = await bench.takeOne();
     const closing = bench.disk.close();
@@ -129,7 +129,7 @@ describe("BASIC-DRV-04 a device that is lost", () => {
       const bench = await openFake(t, { features: features | BlkFeature.FLUSH, open: { queueSize: 4 } });
       const { disk, transport } = bench;
       const losses: unknown[] = [];
-      disk.onLost = (error) => losses.push(error);
+      disk.on("lost", (error) => losses.push(error));
       const error = gone();
       const same = (got: unknown): boolean => got === error;
       const lent = await disk.allocate(512);
@@ -177,7 +177,7 @@ describe("a queue that breaks ends the device", () => {
         const bench = await openFake(t, { features, open: { mode } });
         const { disk, queue } = bench;
         const losses: unknown[] = [];
-        disk.onLost = (error) => losses.push(error);
+        disk.on("lost", (error) => losses.push(error));
         const good = disk.read(new Uint8Array(512));
         const errors: unknown[] = [];
         const bad = [disk.read(new Uint8Array(512)), disk.read(await disk.allocate(512))].map((call) =>
@@ -216,7 +216,7 @@ describe("BLK-DRV-08 a config space that changes", () => {
     });
     const { disk, transport } = bench;
     const seen: number[] = [];
-    disk.onConfigChange = (capacity) => seen.push(capacity);
+    disk.on("resize", (capacity) => seen.push(capacity));
     await assert.rejects(disk.read(new Uint8Array(512), { position: 1 << 20 }), refused("position"));
     transport.changeConfig(Uint8Array.of(1, 8, 0, 0, 0, 0, 0, 0)); // 2049 sectors
     await turn();
@@ -235,7 +235,7 @@ describe("BLK-DRV-08 a config space that changes", () => {
   test("one that makes no sense loses the device", async (t) => {
     const bench = await openFake(t);
     const losses: VirtioError[] = [];
-    bench.disk.onLost = (error) => losses.push(error);
+    bench.disk.on("lost", (error) => losses.push(error));
     bench.transport.changeConfig(new Uint8Array(8).fill(0xff));
     await turn();
     assert.deepEqual(

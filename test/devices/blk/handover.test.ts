@@ -175,8 +175,8 @@ describe("the config space", () => {
     const bench = await openQueues(t, 2);
     const adopted = await adoptFrom(t, bench.disk);
     const seen: [string, number][] = [];
-    bench.disk.onConfigChange = (capacity) => seen.push(["opener", capacity]);
-    adopted.onConfigChange = (capacity) => seen.push(["adopter", capacity]);
+    bench.disk.on("resize", (capacity) => seen.push(["opener", capacity]));
+    adopted.on("resize", (capacity) => seen.push(["adopter", capacity]));
     const position = MIB;
     await assert.rejects(adopted.read(new Uint8Array(512), { position }), refused("position"));
     bench.transport.changeConfig(Uint8Array.of(1, 8)); // 2049 sectors
@@ -210,7 +210,7 @@ describe("the config space", () => {
     const { disk, transport } = bench;
     const one = await adoptFrom(t, disk);
     const other = await adoptFrom(t, disk);
-    for (const each of [disk, one, other]) each.onConfigChange = () => assert.fail("the device did not change it");
+    for (const each of [disk, one, other]) each.on("config", () => assert.fail("the device did not change it"));
     for (const [caller, enabled] of [
       [one, true],
       [disk, false],
@@ -388,7 +388,7 @@ describe("closing", () => {
     const { disk, transport } = bench;
     const adopted = await adoptFrom(t, disk);
     const losses: VirtioError[] = [];
-    adopted.onLost = (error) => losses.push(error);
+    adopted.on("lost", (error) => losses.push(error));
     const reading = adopted.read(new Uint8Array(512));
     const [request] = await asked(bench);
     const closing = disk.close();
@@ -409,9 +409,9 @@ describe("closing", () => {
     const { disk, transport } = bench;
     const adopted = await adoptFrom(t, disk);
     let isTold = false;
-    adopted.onLost = () => {
+    adopted.on("lost", () => {
       isTold = true;
-    };
+    });
     let rejected: unknown;
     const reading = adopted.read(new Uint8Array(512)).catch((error: unknown) => {
       rejected = error;
@@ -472,7 +472,7 @@ describe("closing", () => {
   test("by both at the same time", async (t) => {
     const { disk, transport } = await openQueues(t, 2);
     const adopted = await adoptFrom(t, disk);
-    adopted.onLost = () => assert.fail("whoever closes need not be told");
+    adopted.on("lost", () => assert.fail("whoever closes need not be told"));
     await Promise.all([adopted.close(), disk.close(), adopted.close(), disk.close()]);
     assert.equal(transport.steps.filter((step) => step === "close").length, 1);
   });
@@ -520,7 +520,7 @@ describe("BASIC-DRV-04 losing", () => {
     const calls: Promise<void>[] = [];
     const same = failure("ERR_VIRTIO_DISCONNECTED", "the device is gone");
     for (const device of [bench.disk, ...adopted]) {
-      device.onLost = (error) => losses.push(error);
+      device.on("lost", (error) => losses.push(error));
       calls.push(assert.rejects(device.read(new Uint8Array(512)), same));
     }
     await asked(bench);
@@ -556,7 +556,7 @@ describe("BASIC-DRV-04 losing", () => {
       const bench = await openQueues(t, 2, { open: { mode } });
       const adopted = await adoptFrom(t, bench.disk);
       const losses: VirtioError[] = [];
-      for (const device of [bench.disk, adopted]) device.onLost = (error) => losses.push(error);
+      for (const device of [bench.disk, adopted]) device.on("lost", (error) => losses.push(error));
       const broken = failure("ERR_VIRTIO_QUEUE_BROKEN", "65535");
       const reading = assert.rejects(adopted.read(new Uint8Array(512)), broken);
       await asked(bench);

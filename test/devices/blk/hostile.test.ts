@@ -21,7 +21,7 @@ async function tellOf(t: TestContext, lie: Lie, features: bigint, mode: Completi
   const { disk, transport } = bench;
   const isPacked = (features & VirtioFeature.RING_PACKED) !== 0n;
   let lost = 0;
-  disk.onLost = () => lost++;
+  disk.on("lost", () => lost++);
   const victim = lent ? await disk.allocate(LENGTH) : new Uint8Array(LENGTH);
   const bytes = victim instanceof Uint8Array ? victim : victim.bytes;
   bytes.fill(UNTOUCHED);

@@ -103,7 +103,7 @@ test("a disk that grows arrives as an event with its new size, split between two
   const { fn } = makeDisk(1, 0n);
   await using disk = await BlockDevice.open(await Pci.attach(fn));
   const sizes: number[] = [];
-  disk.onConfigChange = (capacity) => sizes.push(capacity);
+  disk.on("resize", (capacity) => sizes.push(capacity));
   fn.changeConfig(encodeBlkConfig({ capacity: 2n ** 33n + 1n, numQueues: 1, segMax: 30 }));
   assert.ok(await turnUntil(() => sizes.length === 1));
   assert.deepEqual(sizes, [(2 ** 33 + 1) * 512]);

@@ -102,7 +102,7 @@ describe("changes that the device tells of", () => {
     const { kernel } = diskKernel();
     const disk = await openDisk(t, kernel);
     const capacities: number[] = [];
-    disk.onConfigChange = (capacity) => capacities.push(capacity);
+    disk.on("resize", (capacity) => capacities.push(capacity));
     kernel.changeConfig(encodeBlkConfig({ capacity: 65_536n, numQueues: 2, segMax: 32, sizeMax: 65_536 }));
     assert.ok(await turnUntil(() => capacities.length > 0));
     assert.deepEqual(capacities, [65_536 * 512]);
@@ -112,7 +112,7 @@ describe("changes that the device tells of", () => {
     const { kernel } = diskKernel(0n, { onNotify: () => {} });
     const disk = await openDisk(t, kernel);
     const lost: Error[] = [];
-    disk.onLost = (error) => lost.push(error);
+    disk.on("lost", (error) => lost.push(error));
     const reading = disk.read(new Uint8Array(512));
     const rejected = assert.rejects(reading, virtioError("ERR_VIRTIO_STATUS", "DEVICE_NEEDS_RESET"));
     assert.ok(await turnUntil(() => kernel.log.includes("kick 0")));
