@@ -11,7 +11,7 @@ type Opener = (rest: string, options: OpenBlockOptions) => Promise<VirtioTranspo
 
 /** Every form of address: a new transport is one more line here. */
 const SCHEMES: Readonly<Record<string, { readonly form: string; readonly open: Opener }>> = {
-  "vhost-user": { form: "vhost-user:PATH", open: (path, options) => VhostUser.connect(path, waitOptions(options)) },
+  "vhost-user": { form: "vhost-user:PATH", open: connectNamed },
   "vhost-vdpa": { form: "vhost-vdpa:PATH", open: (path, options) => VhostVdpa.open(path, waitOptions(options)) },
   pci: { form: "pci:DDDD:BB:DD.F", open: (address, options) => Pci.open(address, waitOptions(options)) },
   ram: {
@@ -23,6 +23,11 @@ const SCHEMES: Readonly<Record<string, { readonly form: string; readonly open: O
     open: (path, options) => embedded({ kind: "file", path, readOnly: options.readOnly === true }, options),
   },
 };
+
+function connectNamed(path: string, options: OpenBlockOptions): Promise<VirtioTransport> {
+  const { reconnect = true } = options;
+  return VhostUser.connect(path, { ...waitOptions(options), reconnect });
+}
 
 /**
  * Open the block device that `address` names: `vhost-user:PATH` for a back-end that listens on a Unix socket,
@@ -60,7 +65,12 @@ export async function openBlock(address: string, options: OpenBlockOptions = {})
 async function embedded(spec: Parameters<typeof spawnBackend>[0], options: OpenBlockOptions): Promise<VirtioTransport> {
   const backend = await spawnBackend(spec, { queues: options.queues ?? 1 });
   try {
-    return await VhostUser.connect(backend.path, { ...waitOptions(options), afterClose: () => backend.close() });
+    return await VhostUser.connect(backend.path, {
+      ...waitOptions(options),
+      // It serves one connection, and ends with it.
+      reconnect: false,
+      afterClose: () => backend.close(),
+    });
   } catch (error) {
     await backend.close();
     throw error;

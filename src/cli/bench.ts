@@ -144,7 +144,9 @@ async function withQueues(
   { jobs, mode, writes, depth }: BenchPlan,
   use: (disk: BlockDevice) => Promise<void>,
 ): Promise<void> {
-  const options = { mode, readOnly: writes === "none", queues: jobs, queueSize: queueSizeFor(depth) };
+  // What was measured across an outage would be worth nothing.
+  const shape = { mode, readOnly: writes === "none", queues: jobs, queueSize: queueSizeFor(depth) };
+  const options = { ...shape, reconnect: false };
   try {
     await withDevice(address, flags, options, use);
   } catch (error) {

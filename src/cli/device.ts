@@ -3,6 +3,7 @@
 import { Argument, type Command, CommanderError } from "commander";
 import type { BlockDevice, OpenBlockOptions } from "../index.js";
 import { positiveNumber } from "./options.js";
+import { narrate } from "./terminal.js";
 
 /** The address of the device as an argument. */
 export const addressArgument = (): Argument =>
@@ -30,6 +31,10 @@ export async function withDevice<T>(
   await using disk = await openBlock(address, {
     ...options,
     ...(flags.timeout !== undefined && { timeout: flags.timeout }),
+  });
+  disk.on("disconnect", ({ message }) => narrate(`virtio: ${message}; trying to reach it again`));
+  disk.on("reconnect", ({ attempts, replayed }) => {
+    narrate(`virtio: ${address} is back (attempt ${attempts}); ${replayed} requests in flight go on`);
   });
   return await use(disk);
 }

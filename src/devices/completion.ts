@@ -62,6 +62,8 @@ export class CompletionWatch {
   private isQuiet = false;
   /** Something completed since the clock was read last. */
   private useful = false;
+  /** Notifications of the device that were heard. */
+  wakeUps = 0;
   private readonly turnAgain = (): void => this.turn();
 
   /**
@@ -90,6 +92,12 @@ export class CompletionWatch {
     return this.currentMode;
   }
 
+  /** Go on with a device that has taken the place of the one before, and that may have completed something already. */
+  restart(): void {
+    this.mode = this.currentMode;
+    this.kicked();
+  }
+
   set mode(mode: CompletionMode) {
     this.currentMode = mode;
     this.watcher?.close();
@@ -103,7 +111,10 @@ export class CompletionWatch {
       this.queue.disableNotifications();
       return;
     }
-    this.watcher = new FdWatcher(this.completion.fd, { drain: true }, () => this.turn());
+    this.watcher = new FdWatcher(this.completion.fd, { drain: true }, () => {
+      this.wakeUps++;
+      this.turn();
+    });
     this.watcher.unref();
     this.holdsProcess = false;
     if (mode === "event") this.asleep = !this.queue.enableNotifications();

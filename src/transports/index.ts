@@ -6,6 +6,9 @@ export { Pci, type PciOptions } from "./pci/pci.js";
 export {
   type QueueNotifier,
   type QueueSetup,
+  type ReconnectOptions,
+  type Recovery,
+  type ReturnedDevice,
   type VirtioTransport,
   type WaitOptions,
   waitOptions,

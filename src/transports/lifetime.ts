@@ -20,6 +20,11 @@ export class Lifetime {
     return this.#ended;
   }
 
+  /** Whether it has ended, or is being closed. */
+  get isOver(): boolean {
+    return this.#ended !== undefined || this.#closing !== undefined;
+  }
+
   /** Called once, in a microtask, when the device is gone; soon when it already is. */
   get onLost(): ((error: Error) => void) | undefined {
     return this.#onLost;

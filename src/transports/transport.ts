@@ -1,5 +1,6 @@
 /** What every transport offers to the device drivers above it: features, config space, memory, queues. */
 
+import type { VirtioError } from "../errors.js";
 import type { MemoryRegion } from "../memory/region.js";
 import type { EventFd } from "../sys/index.js";
 
@@ -33,6 +34,13 @@ export interface QueueNotifier {
    * DRIVER_OK.
    */
   notify(data: number): void;
+  /**
+   * For a driver that polls and never gives the event loop a turn to hear that the device is gone: see whether it is
+   * still there, which costs a system call.
+   *
+   * @returns why it is not, when the event loop has had no turn since; undefined otherwise.
+   */
+  look?(): VirtioError | undefined;
 }
 
 /** Bounds of one waiting operation. */
@@ -46,6 +54,47 @@ export interface WaitOptions {
 /** The bounds of a wait out of larger options, to be handed on to one that takes nothing else. */
 export function waitOptions({ timeout, signal }: WaitOptions): WaitOptions {
   return { ...(timeout !== undefined && { timeout }), ...(signal !== undefined && { signal }) };
+}
+
+/** How often and for how long to try to reach a device again that is gone. */
+export interface ReconnectOptions {
+  /** Milliseconds before the first attempt, on average three quarters of it; doubles from attempt to attempt. Default 10. */
+  readonly minDelay?: number;
+  /** Milliseconds between two attempts at most. Default 1000. */
+  readonly maxDelay?: number;
+  /** Milliseconds after which to give up; Infinity never does. Default 30000. */
+  readonly timeout?: number;
+}
+
+/** A device that is back, before its queues go on. */
+export interface ReturnedDevice extends Pick<VirtioTransport, "address" | "hasConfig" | "readConfig" | "writeConfig"> {
+  /** Whether it knows what the one before had in flight. */
+  readonly tracked: boolean;
+}
+
+/** What a driver does when its device is gone and comes back. Of the methods none but `restart` may throw. */
+export interface Recovery {
+  /** Requests that have completed since the beginning: a device that dies over and over makes no progress. */
+  readonly completed: number;
+  /**
+   * The device is gone.
+   *
+   * @returns whether the driver can go on with another one in its place.
+   */
+  disconnected(error: VirtioError): boolean;
+  /** The attempt with this number, from 1, begins after `delay` milliseconds. */
+  reconnecting(attempt: number, delay: number): void;
+  /**
+   * Another device has taken its place: features are as they were, all memory is known to it, no queue runs. Called
+   * again for the next one when this one is gone before its queues run.
+   *
+   * @returns for each queue, in the order of `startQueues`, where it goes on: the value of SET_VRING_BASE, or undefined
+   *   for the beginning.
+   * @throws VirtioError when the driver cannot use it.
+   */
+  restart(device: ReturnedDevice): Promise<readonly (number | undefined)[]>;
+  /** The queues run again. */
+  reconnected(attempts: number): void;
 }
 
 /**
@@ -107,6 +156,15 @@ export interface VirtioTransport {
    * @throws VirtioError ERR_VIRTIO_QUEUES when there are more queues than the device has.
    */
   startQueues(queues: readonly QueueSetup[], options?: WaitOptions): Promise<QueueNotifier[]>;
+
+  /** Whether it can reach the device again when that is gone, if `recovery` is set. Default false. */
+  readonly reconnects?: boolean;
+
+  /**
+   * Takes part in reaching the device again after the connection to it broke while queues ran. Without it, the first
+   * loss is the end.
+   */
+  recovery?: Recovery | undefined;
 
   /** Called once when the device is gone: the connection broke, the peer lied, or `close` ran. */
   onLost: ((error: Error) => void) | undefined;

@@ -79,6 +79,8 @@ export class PackedRing {
   private readonly size: number;
   private readonly eventIdx: boolean;
   private readonly inOrder: boolean;
+  /** Everything that the ring itself takes of the shared memory. */
+  private readonly shared: Uint8Array;
   private readonly desc: Int32Array;
   private readonly desc16: Uint16Array;
   private readonly driverEvent: Uint16Array;
@@ -123,8 +125,7 @@ export class PackedRing {
     this.eventIdx = options.eventIdx;
     this.inOrder = options.inOrder;
 
-    if (resume === undefined) new Uint8Array(buffer, offset, layout.deviceAreaEnd).fill(0);
-    else this.goOnAt(resume);
+    this.shared = new Uint8Array(buffer, offset, layout.deviceAreaEnd);
     this.desc = new Int32Array(buffer, offset, n * WORDS);
     this.desc16 = new Uint16Array(buffer, offset, n * DESC_HALVES);
     this.driverEvent = new Uint16Array(buffer, offset + layout.driverAreaOffset, 2);
@@ -137,13 +138,28 @@ export class PackedRing {
 
     this.records = new Int32Array(n * RECORD_WORDS);
     this.epochs = new Int32Array(n);
-    for (let id = 0; id < n; id++) this.records[(id << 2) + NEXT_ID] = id + 1 === n ? 0 : id + 1;
+    this.freeAll();
+    if (resume === undefined) this.shared.fill(0);
+    else this.goOnAt(resume);
   }
 
   /** Break the ring; the first error stays. */
   fail(error: Error): Error {
     this.failure ??= error;
     return error;
+  }
+
+  /** Clear the ring and forget every chain; see `Virtqueue.restart`. */
+  restart(): void {
+    this.builder.discard();
+    this.batch = 0;
+    this.heldAt = -1;
+    this.inFlight = 0;
+    this.numFree = this.size;
+    this.freeId = 0;
+    this.freeAll();
+    this.shared.fill(0);
+    this.goOnAt(WRAP_BIT);
   }
 
   /** Start a chain; see `Virtqueue.begin`. */
@@ -414,19 +430,19 @@ export class PackedRing {
     return count > 0 ? count : count + this.size;
   }
 
-  /** Where an idle ring stands, both halves alike: the value of SET_VRING_BASE. */
-  get position(): number {
-    return this.usedPosition + this.usedPosition * 0x10000;
+  /** Where the next used chain is taken, in both halves: the value of SET_VRING_BASE. */
+  get usedPosition(): number {
+    return this.usedOffset + this.usedOffset * 0x10000;
   }
 
   /** The used position, its wrap counter in bit 15. */
-  private get usedPosition(): number {
+  private get usedOffset(): number {
     return this.nextUsed | ((this.usedBits & F_AVAIL) << 8);
   }
 
   /** The position `distance` descriptors behind the used one. */
   private usedPositionAhead(distance: number): number {
-    const position = this.usedPosition + distance;
+    const position = this.usedOffset + distance;
     return (position & (WRAP_BIT - 1)) < this.size ? position : (position - this.size) ^ WRAP_BIT;
   }
 
@@ -449,6 +465,12 @@ export class PackedRing {
       }
     }
     return true;
+  }
+
+  /** Put all buffer ids into the free list, in ascending order. */
+  private freeAll(): void {
+    this.records.fill(0);
+    for (let id = 0; id < this.size; id++) this.records[(id << 2) + NEXT_ID] = id + 1 === this.size ? 0 : id + 1;
   }
 
   private goOnAt(position: number): void {

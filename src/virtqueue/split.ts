@@ -72,6 +72,8 @@ export class SplitRing {
   private readonly mask: number;
   private readonly eventIdx: boolean;
   private readonly inOrder: boolean;
+  /** Everything that the ring itself takes of the shared memory. */
+  private readonly shared: Uint8Array;
   private readonly desc: Int32Array;
   private readonly avail: Uint16Array;
   private readonly used16: Uint16Array;
@@ -113,8 +115,7 @@ export class SplitRing {
     this.eventIdx = options.eventIdx;
     this.inOrder = options.inOrder;
 
-    if (resume === undefined) new Uint8Array(buffer, offset, layout.deviceAreaEnd).fill(0);
-    else this.goOnAt(resume);
+    this.shared = new Uint8Array(buffer, offset, layout.deviceAreaEnd);
     this.desc = new Int32Array(buffer, offset, n * WORDS);
     this.avail = new Uint16Array(buffer, offset + layout.driverAreaOffset, RING16 + n + 1);
     this.usedEventAt = RING16 + n;
@@ -130,10 +131,12 @@ export class SplitRing {
     this.directReserve = this.slots.frameFits ? Math.max(FRAMED - 1, n >> 1) : FRAMED - 1;
 
     this.records = new Int32Array(n * RECORD_WORDS);
-    for (let d = 0; d < n; d++) this.records[d << 2] = (d + 1) & this.mask;
     this.epochs = new Uint16Array(n);
     this.order = new Uint16Array(this.inOrder ? n : 0);
     this.orderAt = new Uint16Array(this.inOrder ? n : 0);
+    this.freeAll();
+    if (resume === undefined) this.shared.fill(0);
+    else this.goOnAt(resume);
   }
 
   /** What broke the ring: from then on thrown by every call. */
@@ -147,6 +150,16 @@ export class SplitRing {
   fail(error: Error): Error {
     this.failure ??= error;
     return error;
+  }
+
+  /** Clear the ring and forget every chain; see `Virtqueue.restart`. */
+  restart(): void {
+    this.builder.discard();
+    this.batch = 0;
+    this.numFree = this.size;
+    this.freeAll();
+    this.shared.fill(0);
+    this.goOnAt(0);
   }
 
   /** Start a chain; see `Virtqueue.begin`. */
@@ -351,6 +364,17 @@ export class SplitRing {
    */
   get position(): number {
     return this.lastUsed + (this.inOrder ? this.freeHead * 0x10000 : 0);
+  }
+
+  /** Where the next used chain is taken: the value of SET_VRING_BASE. */
+  get usedPosition(): number {
+    return this.lastUsed;
+  }
+
+  /** Put all descriptors into the free list, in the order of the table. */
+  private freeAll(): void {
+    this.records.fill(0);
+    for (let d = 0; d < this.size; d++) this.records[d << 2] = (d + 1) & this.mask;
   }
 
   private goOnAt(position: number): void {

@@ -285,7 +285,27 @@ export class Virtqueue {
    */
   get position(): number | undefined {
     if (this.inFlight > 0) return undefined;
-    return this.isPacked ? this.packed.position : this.split.position;
+    return this.isPacked ? this.packed.usedPosition : this.split.position;
+  }
+
+  /**
+   * Where a device goes on that takes the place of a dead one and knows what is in flight: the value of vhost-user's
+   * `SET_VRING_BASE`, which counts only what {@link poll} has returned. So poll until there is nothing more before.
+   */
+  get usedPosition(): number {
+    return this.isPacked ? this.packed.usedPosition : this.split.usedPosition;
+  }
+
+  /**
+   * Clear the ring and forget every chain, for a device that begins anew: one that was reset, or that has taken the
+   * place of a dead one. No device may use the ring meanwhile. Notifications are as on a new queue.
+   *
+   * @throws what broke the queue, if something did.
+   */
+  restart(): void {
+    if (this.broken !== undefined) throw this.broken;
+    if (this.isPacked) this.packed.restart();
+    else this.split.restart();
   }
 
   /** Byte offset in the buffer of the request data of `slot`. */

@@ -6,7 +6,15 @@
 import { fstatSync, mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { acceptUnix, closeFd, FdWatcher, listenUnix, receiveMessage, sendMessage } from "../../src/sys/index.js";
+import {
+  acceptUnix,
+  closeFd,
+  createMemfd,
+  FdWatcher,
+  listenUnix,
+  receiveMessage,
+  sendMessage,
+} from "../../src/sys/index.js";
 
 /** Request names by id, typed from the protocol document and not from the code under test. */
 const NAMES =
@@ -14,6 +22,8 @@ const NAMES =
     " ",
   );
 const LATER_NAMES: Readonly<Record<number, string>> = {
+  31: "GET_INFLIGHT_FD",
+  32: "SET_INFLIGHT_FD",
   36: "GET_MAX_MEM_SLOTS",
   37: "ADD_MEM_REG",
   38: "REM_MEM_REG",
@@ -23,9 +33,10 @@ export const MQ = 1n << 0n;
 export const REPLY_ACK = 1n << 3n;
 export const BACKEND_REQ = 1n << 5n;
 export const CONFIG = 1n << 9n;
+export const INFLIGHT = 1n << 12n;
 export const MEM_SLOTS = 1n << 15n;
 /** Everything that the front-end implements. */
-export const ALL_PROTOCOL = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | MEM_SLOTS;
+export const ALL_PROTOCOL = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | INFLIGHT | MEM_SLOTS;
 /** Virtio features of a plain modern device, with bit 30. */
 export const VERSION_1 = 1n << 32n;
 export const BIT_30 = 1n << 30n;
@@ -294,6 +305,7 @@ export class ScriptedPeer {
     this.messages.push(received);
     this.#check(received);
     this.#seen.add(received.name);
+    if (received.name === "GET_VRING_BASE") this.#seen.delete("SET_VRING_KICK");
     if (received.name === "SET_FEATURES") this.#features = received.payload.readBigUInt64LE();
     if (received.name === "SET_PROTOCOL_FEATURES") this.#accepted = received.payload.readBigUInt64LE();
     this.#answer(received);
@@ -303,11 +315,19 @@ export class ScriptedPeer {
   #answer(received: Received): void {
     const right = this.#rightReply(received);
     const behaved: Deed = right === undefined ? {} : { bytes: right };
-    const deed = this.#options.misbehave?.(received, right) ?? behaved;
+    const deed = this.#options.misbehave?.(received, right) ?? this.#describeInflight(received, behaved);
     if (deed.bytes !== undefined) this.send(deed.bytes, deed.fds);
     if (deed.close !== true) return;
     if (this.#sending) this.#closeAfterSending = true;
     else this.hangUp();
+  }
+
+  /** `GET_INFLIGHT_FD` is answered by a descriptor, too. */
+  #describeInflight({ name }: Received, behaved: Deed): Deed {
+    if (name !== "GET_INFLIGHT_FD") return behaved;
+    const fd = createMemfd("inflight of a test", 4096);
+    this.#owned.push(fd);
+    return { ...behaved, fds: [fd] };
   }
 
   #rightReply(received: Received): Buffer | undefined {
@@ -325,6 +345,8 @@ export class ScriptedPeer {
         return reply(u64(slots));
       case "GET_VRING_BASE":
         return reply(payload);
+      case "GET_INFLIGHT_FD":
+        return reply(Buffer.concat([u64(4096n), u64(0n), payload.subarray(16)]));
       case "GET_CONFIG": {
         const { config = Buffer.from(Array.from({ length: 60 }, (_, i) => i)) } = this.#options;
         const offset = payload.readUInt32LE(0);
@@ -410,6 +432,14 @@ export class ScriptedPeer {
         sized(8);
         if (payload.readUInt32LE(4) > 1) breach("neither 0 nor 1");
         if ((this.#features & BIT_30) === 0n) breach("bit 30 was not negotiated");
+        break;
+      case "GET_INFLIGHT_FD":
+      case "SET_INFLIGHT_FD":
+        sized(24);
+        gate(INFLIGHT);
+        expectedFds = name === "SET_INFLIGHT_FD" ? 1 : 0;
+        if (this.#seen.has("SET_VRING_KICK")) breach("after a ring was started");
+        if (!this.#seen.has("SET_FEATURES")) breach("before SET_FEATURES, which says how the rings look");
         break;
       case "SET_VRING_ADDR":
         sized(40);

@@ -29,6 +29,7 @@ import { checkOpenOptions, checkSignal, checkTransferOptions, NO_OPTIONS, rangeL
 import type { AdoptOptions, BlockRange, HandOverOptions, OpenBlockOptions, TransferOptions } from "./options.js";
 import type { CompletionMode } from "../completion.js";
 import type { VirtioBlkQueue } from "./queue.js";
+import { BlkRecovery, checkReconnect } from "./recovery.js";
 import { discardRequests, type SegmentLimits } from "./ranges.js";
 import { type ReadResult, Scheduler, type WriteResult } from "./scheduler.js";
 
@@ -69,6 +70,7 @@ export class BlockDevice extends BlockEmitter {
   private readonly allQueues: readonly VirtioBlkQueue[];
   private readonly scheduler: Scheduler;
   private readonly handovers: Handovers;
+  private readonly recovery: BlkRecovery;
   private readonly pool: BufferPool;
   private readonly bounce: BufferPool;
   private readonly regions: ReadonlySet<MemoryRegion>;
@@ -88,6 +90,7 @@ export class BlockDevice extends BlockEmitter {
   static async open(transport: VirtioTransport, options: OpenBlockOptions = {}): Promise<BlockDevice> {
     try {
       checkOpenOptions(options);
+      checkReconnect(transport, options);
       const features = await negotiateBlk(transport, options);
       const config = await readBlkConfig(transport, features, options);
       const memory = await startBlkQueues(transport, config, options);
@@ -143,6 +146,15 @@ export class BlockDevice extends BlockEmitter {
       lose: (error) => this.lose(error),
     });
     transport.onLost = weakly(this, Calls.lose);
+    this.recovery = new BlkRecovery(config, {
+      ...{ features: this.features, options, queues: memory.queues, scheduler: this.scheduler },
+      calls: {
+        disconnected: weakly(this, Calls.disconnected),
+        reconnecting: weakly(this, Calls.reconnecting),
+        reconnected: weakly(this, Calls.reconnected),
+      },
+    });
+    if (options.reconnect !== false && transport.reconnects === true) transport.recovery = this.recovery;
     watchForDrop(this, { transport, scheduler: this.scheduler, queues: memory.queues });
     keepFor(memory.pool, this);
   }
@@ -158,6 +170,16 @@ export class BlockDevice extends BlockEmitter {
         device.tell("lost", error);
       },
       refresh: (device) => void device.followConfig(),
+      disconnected: (device, error) => {
+        if (device.isStopping || device.handovers.areOut) return false;
+        device.tell("disconnect", error);
+        return true;
+      },
+      reconnecting: (device, attempt) => device.tell("reconnecting", attempt),
+      reconnected: (device, config, outcome) => {
+        device.configure(config, false);
+        device.tell("reconnect", outcome);
+      },
     };
   }
 
@@ -428,7 +450,8 @@ export class BlockDevice extends BlockEmitter {
     try {
       await this.readConfig(true);
     } catch (error) {
-      if (this.closing === undefined) this.lose(error);
+      // A device that is away has its config read when it is back.
+      if (this.closing === undefined && !this.recovery.isAway) this.lose(error);
     }
   }
 
@@ -444,6 +467,7 @@ export class BlockDevice extends BlockEmitter {
     const previous = this.capacityBytes;
     const capacity = Number(config.capacity) * SECTOR_SIZE;
     this.currentConfig = config;
+    this.recovery.config = config;
     this.capacityBytes = capacity;
     for (const queue of this.allQueues) queue.capacity = capacity / SECTOR_SIZE;
     if (this.ended !== undefined) return;

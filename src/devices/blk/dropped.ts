@@ -2,6 +2,7 @@
 
 import { VirtioError } from "../../errors.js";
 import type { BlkConfig } from "../../protocol/blk.js";
+import type { ReconnectAttempt, ReconnectOutcome } from "./events.js";
 import type { BlkControl } from "./negotiate.js";
 import type { VirtioBlkQueue } from "./queue.js";
 import type { Scheduler } from "./scheduler.js";
@@ -24,6 +25,9 @@ export interface DeviceCalls<D> {
   readonly refresh: (device: D) => void;
   readonly configure: (device: D, latest: BlkConfig, isChanged: boolean) => void;
   readonly closing: (device: D, error: VirtioError) => void;
+  readonly disconnected: (device: D, error: VirtioError) => boolean;
+  readonly reconnecting: (device: D, attempt: ReconnectAttempt) => void;
+  readonly reconnected: (device: D, config: BlkConfig, outcome: ReconnectOutcome) => void;
 }
 
 const registry = new FinalizationRegistry<Remains>((remains) => void closeRemains(remains));
@@ -49,14 +53,14 @@ export function keepFor(part: object, device: object): void {
  * A callback that does not keep `target` from being collected, and does nothing when it was. `call` must not stand in
  * a function that has closures over the target: closures of one function share what they keep.
  */
-export function weakly<T extends object, A extends unknown[]>(
+export function weakly<T extends object, A extends unknown[], R>(
   target: T,
-  call: (target: T, ...rest: A) => void,
-): (...rest: A) => void {
+  call: (target: T, ...rest: A) => R,
+): (...rest: A) => R | undefined {
   const reference = new WeakRef(target);
   return (...rest) => {
     const found = reference.deref();
-    if (found !== undefined) call(found, ...rest);
+    return found === undefined ? undefined : call(found, ...rest);
   };
 }
 

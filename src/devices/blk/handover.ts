@@ -92,6 +92,11 @@ export class Handovers {
     }
   }
 
+  /** Whether another thread drives queues. */
+  get areOut(): boolean {
+    return this.out.size > 0;
+  }
+
   /** Tell all threads what the config space is now, and whether the device has changed it. */
   tellConfig(config: BlkConfig, isChanged: boolean): void {
     this.config = config;

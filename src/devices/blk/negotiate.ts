@@ -31,7 +31,8 @@ const POOL_BYTES = 48 * 1024 * 1024;
 /** What an open device needs of its transport; elsewhere than in the thread that opened it, of what stands in for it. */
 export interface BlkControl
   extends Pick<VirtioTransport, "address" | "features" | "offeredFeatures" | "maxQueues" | "hasConfig">,
-    Pick<VirtioTransport, "readConfig" | "writeConfig" | "onLost" | "close"> {
+    Pick<VirtioTransport, "readConfig" | "writeConfig" | "onLost" | "close">,
+    Pick<VirtioTransport, "reconnects" | "recovery"> {
   /** Hear that the device broke a rule, to tell others who use it. */
   report?(error: VirtioError): void;
 }

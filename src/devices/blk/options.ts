@@ -1,7 +1,7 @@
 /** What can be asked for when a block device is opened, and what its calls accept. */
 
 import { checkInteger, checkOptions, rangeError, typeError } from "../../errors.js";
-import type { WaitOptions } from "../../transports/transport.js";
+import type { ReconnectOptions, WaitOptions } from "../../transports/transport.js";
 import type { CompletionMode } from "../completion.js";
 
 /** What a call without options is called with. */
@@ -25,6 +25,12 @@ export interface OpenBlockOptions extends WaitOptions {
   readonly inOrder?: boolean;
   /** Refuse all requests that change the disk, whatever the device says. Default false. */
   readonly readOnly?: boolean;
+  /**
+   * Whether to go on when the device is gone and comes back: calls wait meanwhile, and what was in flight is submitted
+   * again. `openBlock` takes bounds for it, too. Default: where the transport can connect again, which is vhost-user
+   * over a named socket. `false`: every call rejects with ERR_VIRTIO_DISCONNECTED when the device is gone.
+   */
+  readonly reconnect?: boolean | ReconnectOptions;
   /** Size in bytes of a disk whose back-end has no config space to read it from. */
   readonly capacity?: number;
 }
@@ -32,7 +38,7 @@ export interface OpenBlockOptions extends WaitOptions {
 /** Names of all options, so that a misspelled one is refused. */
 export const OPEN_BLOCK_OPTIONS = [
   ...["queues", "queueSize", "mode", "packed", "indirect", "eventIdx", "inOrder"],
-  ...["readOnly", "capacity", "timeout", "signal"],
+  ...["readOnly", "reconnect", "capacity", "timeout", "signal"],
 ] as const satisfies readonly string[];
 
 /** Options of `BlockDevice.handOver`. */

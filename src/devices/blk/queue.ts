@@ -32,6 +32,34 @@ export interface DataSegment {
   readonly length: number;
 }
 
+/** What a queue has done since it began. */
+export interface QueueCounters {
+  /** Requests submitted. */
+  readonly submitted: number;
+  /** Requests that the device has returned. */
+  readonly completed: number;
+  /** Notifications sent to the device. */
+  readonly kicks: number;
+  /** Notifications of the device that were heard. */
+  readonly wakeUps: number;
+  /** Requests submitted again to a device that took the place of the one before. */
+  readonly replayed: number;
+}
+
+/** A request whose data lie in several places, or that has none. */
+interface Chain {
+  readonly segments: readonly DataSegment[];
+  readonly deviceWrites: boolean;
+}
+
+/** A request in flight, out of its slot. */
+interface Request extends Chain {
+  readonly slot: number;
+  readonly type: number;
+  readonly sector: number;
+  readonly sequence: number;
+}
+
 /** What a {@link VirtioBlkQueue} is made from. */
 export interface VirtioBlkQueueOptions {
   /** Queue index on the device. */
@@ -61,6 +89,8 @@ const FRAME = { headerLength: BLK_HEADER_SIZE, trailerOffset: STATUS_OFFSET, tra
 const { IN, OUT } = BlkRequestType;
 const SECTOR = SECTOR_SIZE;
 const UNWRITTEN = BLK_STATUS_UNWRITTEN;
+/** Polls in vain after which to see whether the device is still there: a system call, every millisecond or so. */
+const IDLE_POLLS = 0x4000;
 /** Elements of the shortest request with data: header, data, status. */
 const MIN_ELEMENTS = 3;
 
@@ -105,19 +135,33 @@ export class VirtioBlkQueue {
   onComplete: (slot: number, status: number, written: number) => void = () => {};
   /** Called once when the queue breaks while waiting for events (`poll` throws instead), or its device has ended. */
   onError: (error: Error) => void = () => {};
+  /**
+   * Called when another device has taken the place of the one before and requests were submitted to it again, in
+   * the order of their submission: `moves[slot]` is the slot that the request in `slot` is in now, -1 for none.
+   */
+  onReplay: (moves: Int32Array) => void = () => {};
 
   private readonly queue: Virtqueue;
   private readonly words: Int32Array;
   private readonly bytes: Uint8Array;
   /** Ring descriptors of the shortest request with data: one when there are tables for the rest. */
   private readonly leastDescriptors: number;
+  // What was asked for in each slot, for a device that has to be asked again: the shared memory may have changed.
   private readonly types: Uint8Array;
+  private readonly sectors: Float64Array;
+  private readonly sequences: Float64Array;
   private readonly lent: (DeviceBuffer | undefined)[];
-  private readonly lentMore: (readonly DeviceBuffer[] | undefined)[];
+  private readonly offsets: Float64Array;
+  private readonly lengths: Float64Array;
+  private readonly chains: (Chain | undefined)[];
   private readonly watch: CompletionWatch;
   private readonly pacer = new PollPacer();
   private notifier: QueueNotifier | undefined = undefined;
   private isReported = false;
+  private submitted = 0;
+  private kicks = 0;
+  private replayed = 0;
+  private idlePolls = 0;
 
   /** Bytes of device memory that a queue needs, 16-aligned; see `VirtioBlkQueueOptions.memory`. */
   static bytesNeeded(options: Pick<VirtioBlkQueueOptions, "queueSize" | "features" | "limits">): number {
@@ -147,8 +191,12 @@ export class VirtioBlkQueue {
     this.bytes = new Uint8Array(memory.buffer, this.queue.requestOffset, queueSize * REQUEST_SIZE);
     this.words.fill(0);
     this.types = new Uint8Array(queueSize);
+    this.sectors = new Float64Array(queueSize);
+    this.sequences = new Float64Array(queueSize);
     this.lent = new Array<DeviceBuffer | undefined>(queueSize).fill(undefined);
-    this.lentMore = new Array<readonly DeviceBuffer[] | undefined>(queueSize).fill(undefined);
+    this.offsets = new Float64Array(queueSize);
+    this.lengths = new Float64Array(queueSize);
+    this.chains = new Array<Chain | undefined>(queueSize).fill(undefined);
     this.watch = new CompletionWatch(
       this.queue,
       (limit) => this.reap(limit),
@@ -164,6 +212,12 @@ export class VirtioBlkQueue {
   /** Where the queue stands, for another one to go on with its memory; undefined while requests are in flight. */
   get position(): number | undefined {
     return this.queue.position;
+  }
+
+  /** What the queue has done since it began. */
+  get counters(): QueueCounters {
+    const { submitted, kicks, replayed } = this;
+    return { submitted, completed: submitted - this.inFlight, kicks, wakeUps: this.watch.wakeUps, replayed };
   }
 
   /** Whether not even a request with one data element fits now. */
@@ -225,37 +279,30 @@ export class VirtioBlkQueue {
    * @throws RangeError for segments that are too many, too long, or outside their buffers or the disk.
    */
   submitChain(type: number, sector: number, segments: readonly DataSegment[], deviceWrites: boolean): number {
-    const { maxSegmentBytes, maxSegments } = this.limits;
-    let elements = 0;
+    const { maxSegments } = this.limits;
     let bytes = 0;
     for (const { buffer, offset, length } of segments) {
       checkStretch(buffer, offset, length);
-      elements += Math.ceil(length / maxSegmentBytes);
       bytes += length;
     }
+    const elements = this.elementsOf(segments);
     if (elements > maxSegments) throw rangeError("segments", `at most ${maxSegments} data elements`, elements);
     if (type === IN || type === OUT) this.checkSectors(sector, bytes);
-
-    const { queue } = this;
-    const slot = queue.beginFramed(elements, deviceWrites);
+    const slot = this.addChain(elements, segments, deviceWrites);
     if (slot < 0) return -1;
-    for (const { buffer, offset, length } of segments) {
-      for (let done = 0; done < length; done += maxSegmentBytes) {
-        const lo = buffer.iovaLo + offset + done;
-        const hi = lo > 0xffffffff ? buffer.iovaHi + 1 : buffer.iovaHi;
-        queue.segments.add(lo | 0, hi, Math.min(maxSegmentBytes, length - done));
-      }
-    }
-    queue.commitFramed();
     for (const { buffer } of segments) buffer.retain();
     this.writeHeader(slot, type, sector);
-    this.lentMore[slot] = segments.map(({ buffer }) => buffer);
+    const copy = segments.map(({ buffer, offset, length }) => ({ buffer, offset, length }));
+    this.chains[slot] = { segments: copy, deviceWrites };
     return slot;
   }
 
   /** Make all submitted requests visible to the device and notify it if it wants that. */
   kick(): void {
-    if (this.queue.publish()) this.notifier?.notify(this.queue.notificationData);
+    if (this.queue.publish()) {
+      this.kicks++;
+      this.notifier?.notify(this.queue.notificationData);
+    }
     this.watch.kicked();
   }
 
@@ -265,19 +312,77 @@ export class VirtioBlkQueue {
    *
    * @param limit - reap at most so many.
    * @returns how many.
-   * @throws VirtioError ERR_VIRTIO_QUEUE_BROKEN when the device wrote something impossible.
+   * @throws VirtioError ERR_VIRTIO_QUEUE_BROKEN when the device wrote something impossible, ERR_VIRTIO_DISCONNECTED
+   *   when it is gone and the event loop has had no turn to learn of it: give it turns to have the device back.
    */
   poll(limit = Number.MAX_SAFE_INTEGER): number {
     const { pacer, inFlight } = this;
     pacer.wait();
     const count = this.reap(limit);
-    if (count > 0) pacer.adapt(count, inFlight);
+    if (count > 0) {
+      this.idlePolls = 0;
+      pacer.adapt(count, inFlight);
+    } else if (++this.idlePolls === IDLE_POLLS) {
+      this.idlePolls = 0;
+      const gone = this.notifier?.look?.();
+      if (gone !== undefined) throw gone;
+    }
     return count;
   }
 
   /** In mode `"hybrid"`: look for completions right now, within this turn's share of time. */
   lookNow(): void {
     this.watch.lookNow();
+  }
+
+  /**
+   * Reap what a device has completed that is gone, and tell where one goes on that takes its place and knows what is
+   * in flight: the value of SET_VRING_BASE.
+   */
+  settle(): number {
+    this.reap(this.inFlight);
+    return this.queue.usedPosition;
+  }
+
+  /**
+   * Begin the ring anew for a device that knows nothing of what is in flight, and submit that again, in the order in
+   * which it was submitted. {@link onReplay} tells of the new slots.
+   *
+   * @param isWanted - whether the request in a slot is to be submitted again; otherwise its buffers come back.
+   * @returns how many were.
+   */
+  replay(isWanted: (slot: number) => boolean): number {
+    const requests = this.requestsInFlight();
+    const wanted = requests.map(({ slot }) => isWanted(slot));
+    const moves = new Int32Array(this.queueSize).fill(-1);
+    this.queue.restart();
+    for (const { slot } of requests) {
+      this.lent[slot] = undefined;
+      this.chains[slot] = undefined;
+    }
+    let count = 0;
+    requests.forEach(({ slot, type, sector, segments, deviceWrites }, i) => {
+      if (!wanted[i]) {
+        for (const { buffer } of segments) buffer.unretain();
+        return;
+      }
+      const to = this.addChain(this.elementsOf(segments), segments, deviceWrites);
+      this.writeHeader(to, type, sector);
+      this.chains[to] = { segments, deviceWrites };
+      moves[slot] = to;
+      count++;
+    });
+    // Requests that are not wanted any more are at their end; the others count once.
+    this.submitted -= count;
+    this.replayed += count;
+    this.queue.publish();
+    this.onReplay(moves);
+    return count;
+  }
+
+  /** Go on with a device that has taken the place of the one before: it may have completed requests already. */
+  goOn(): void {
+    this.watch.restart();
   }
 
   /** Whether a completed request waits to be reaped. */
@@ -340,7 +445,54 @@ export class VirtioBlkQueue {
     this.writeHeader(slot, type, sector);
     buffer.retain();
     this.lent[slot] = buffer;
+    this.offsets[slot] = offset;
+    this.lengths[slot] = length;
     return slot;
+  }
+
+  /** Data elements of a request, each at most `size_max` bytes. */
+  private elementsOf(segments: readonly DataSegment[]): number {
+    const { maxSegmentBytes } = this.limits;
+    let elements = 0;
+    for (const { length } of segments) elements += Math.ceil(length / maxSegmentBytes);
+    return elements;
+  }
+
+  /** Put a request of any number of data elements into the ring; -1 when there is no room. */
+  private addChain(elements: number, segments: readonly DataSegment[], deviceWrites: boolean): number {
+    const { queue } = this;
+    const { maxSegmentBytes } = this.limits;
+    const slot = queue.beginFramed(elements, deviceWrites);
+    if (slot < 0) return -1;
+    for (const { buffer, offset, length } of segments) {
+      for (let done = 0; done < length; done += maxSegmentBytes) {
+        const lo = buffer.iovaLo + offset + done;
+        const hi = lo > 0xffffffff ? buffer.iovaHi + 1 : buffer.iovaHi;
+        queue.segments.add(lo | 0, hi, Math.min(maxSegmentBytes, length - done));
+      }
+    }
+    queue.commitFramed();
+    return slot;
+  }
+
+  /** What is in flight, oldest first. */
+  private requestsInFlight(): Request[] {
+    const found: Request[] = [];
+    for (let slot = 0; slot < this.queueSize; slot++) {
+      const chain = this.chains[slot] ?? this.plainRequest(slot);
+      if (chain === undefined) continue;
+      const { types, sectors, sequences } = this;
+      found.push({ ...chain, slot, type: types[slot], sector: sectors[slot], sequence: sequences[slot] });
+    }
+    return found.sort((a, b) => a.sequence - b.sequence);
+  }
+
+  /** The request in `slot` when it has one data element. */
+  private plainRequest(slot: number): Chain | undefined {
+    const buffer = this.lent[slot];
+    if (buffer === undefined) return undefined;
+    const segments = [{ buffer, offset: this.offsets[slot], length: this.lengths[slot] }];
+    return { segments, deviceWrites: this.types[slot] !== OUT };
   }
 
   /** Fill in `struct virtio_blk_req` of a slot; `reserved` stays 0 from the start. */
@@ -352,6 +504,8 @@ export class VirtioBlkQueue {
     // No device answers 0xff: a status that was never written cannot look like success.
     this.bytes[slot * REQUEST_SIZE + STATUS_OFFSET] = UNWRITTEN;
     this.types[slot] = type;
+    this.sectors[slot] = sector;
+    this.sequences[slot] = this.submitted++;
   }
 
   private returnBuffers(slot: number): void {
@@ -361,10 +515,10 @@ export class VirtioBlkQueue {
       buffer.unretain();
       return;
     }
-    const more = this.lentMore[slot];
-    if (more === undefined) return;
-    this.lentMore[slot] = undefined;
-    for (const each of more) each.unretain();
+    const chain = this.chains[slot];
+    if (chain === undefined) return;
+    this.chains[slot] = undefined;
+    for (const { buffer: each } of chain.segments) each.unretain();
   }
 
   private checkSectors(sector: number, length: number): void {

@@ -2,7 +2,7 @@
 
 import { VirtioError } from "../../errors.js";
 import type { BufferPool, DeviceBuffer } from "../../memory/index.js";
-import { BlkRequestType } from "../../protocol/blk.js";
+import { BLK_STATUS_UNWRITTEN, BlkRequestType } from "../../protocol/blk.js";
 import type { NextRequest, Operation, Part } from "./operation.js";
 import type { CompletionMode } from "../completion.js";
 import type { VirtioBlkQueue } from "./queue.js";
@@ -45,11 +45,13 @@ const capture = (resolve: Settle, reject: (error: Error) => void): void => {
 
 /** What is in flight in each slot of one queue: a promise of the fast path, or a part of an operation. */
 class Slots {
-  readonly resolve: (Settle | undefined)[];
-  readonly reject: ((error: Error) => void)[];
-  readonly buffer: (DeviceBuffer | undefined)[];
-  readonly length: Float64Array;
-  readonly part: (Part | undefined)[];
+  resolve: (Settle | undefined)[];
+  reject: ((error: Error) => void)[];
+  buffer: (DeviceBuffer | undefined)[];
+  length: Float64Array;
+  part: (Part | undefined)[];
+  /** Of a flush: how many writes had completed when it was submitted. */
+  covers: Float64Array;
   readonly queue: VirtioBlkQueue;
   /** Requests submitted since the last kick, about. */
   unkicked = 0;
@@ -62,7 +64,26 @@ class Slots {
     this.buffer = new Array<DeviceBuffer | undefined>(n).fill(undefined);
     this.length = new Float64Array(n);
     this.part = new Array<Part | undefined>(n).fill(undefined);
+    this.covers = new Float64Array(n);
   }
+
+  /** The request in each slot is in slot `moves[slot]` now; where that is -1 there is none any more. */
+  move(moves: Int32Array): void {
+    this.resolve = moved(this.resolve, moves, undefined);
+    this.reject = moved(this.reject, moves, () => {});
+    this.buffer = moved(this.buffer, moves, undefined);
+    this.part = moved(this.part, moves, undefined);
+    this.length = new Float64Array(moved([...this.length], moves, 0));
+    this.covers = new Float64Array(moved([...this.covers], moves, 0));
+  }
+}
+
+function moved<T>(list: readonly T[], moves: Int32Array, nothing: T): T[] {
+  const result = new Array<T>(moves.length).fill(nothing);
+  moves.forEach((to, from) => {
+    if (to >= 0) result[to] = list[from];
+  });
+  return result;
 }
 
 /**
@@ -80,6 +101,9 @@ export class Scheduler {
   private readonly flushLater = (): void => this.flush();
   private turn = 0;
   private outstanding = 0;
+  /** Writes that have completed, and how many of them the flushes that have completed cover. */
+  private written = 0;
+  private flushed = 0;
   private flushScheduled = false;
   private fatal: VirtioError | undefined = undefined;
   private currentMode: CompletionMode;
@@ -114,6 +138,22 @@ export class Scheduler {
   /** Requests in flight and operations waiting. */
   get pending(): number {
     return this.outstanding + this.waiting.length;
+  }
+
+  /** Writes that have completed since the last flush was submitted that has completed. */
+  get unflushed(): number {
+    return this.written - this.flushed;
+  }
+
+  /**
+   * Submit again what is in flight on a queue, to a device that knows nothing of it. Requests whose calls were
+   * aborted end here: whether a write of theirs has happened is as open as before.
+   *
+   * @returns how many were submitted.
+   */
+  replay(queue: VirtioBlkQueue): number {
+    const slots = this.slots.find((each) => each.queue === queue);
+    return queue.replay((slot) => slots?.part[slot]?.operation.settled !== true);
   }
 
   /**
@@ -173,7 +213,9 @@ export class Scheduler {
     try {
       for (const slots of this.slots) count += slots.queue.poll();
     } catch (error) {
-      this.lose(asFatal(error));
+      const fatal = asFatal(error);
+      // A device that is gone may come back; the transport tells when it does not.
+      if (fatal.code !== "ERR_VIRTIO_DISCONNECTED") this.lose(fatal);
       throw error;
     }
     if (this.flushScheduled) this.flush();
@@ -255,6 +297,7 @@ export class Scheduler {
     const slots = new Slots(queue);
     queue.onComplete = (slot, status, written) => this.complete(slots, slot, status, written);
     queue.onError = (error) => this.lose(asFatal(error));
+    queue.onReplay = (moves) => this.replayed(slots, moves);
     return slots;
   }
 
@@ -280,17 +323,40 @@ export class Scheduler {
       slots.resolve[slot] = undefined;
       slots.buffer[slot] = undefined;
       if (status !== 0) slots.reject[slot](blkError(slots.queue.requestType(slot), status));
-      else if (slots.queue.requestType(slot) === BlkRequestType.OUT) resolve({ bytesWritten: length, buffer });
+      else if (slots.queue.requestType(slot) === BlkRequestType.OUT) {
+        this.written++;
+        resolve({ bytesWritten: length, buffer });
+      }
       // The status is the last byte that the device writes; what it does not account for is not delivered.
       else resolve({ bytesRead: written > length ? length : Math.max(0, written - 1), buffer });
     } else {
       const part = slots.part[slot] as Part;
       slots.part[slot] = undefined;
+      if (status === 0) {
+        if (part.operation.type === BlkRequestType.OUT) this.written++;
+        else if (part.operation.type === BlkRequestType.FLUSH)
+          this.flushed = Math.max(this.flushed, slots.covers[slot]);
+      }
       part.operation.partDone(part, status, written);
     }
     this.outstanding--;
+    this.wentOn();
+  }
+
+  /** Requests have come back: there is room for what waits, or nothing left. */
+  private wentOn(): void {
     if (this.waiting.length > 0) this.scheduleFlush();
     else if (this.outstanding === 0) this.becameIdle();
+  }
+
+  private replayed(slots: Slots, moves: Int32Array): void {
+    const given = slots.part.filter((part, slot) => part !== undefined && moves[slot] < 0);
+    slots.move(moves);
+    for (const part of given) {
+      part?.operation.partDone(part, BLK_STATUS_UNWRITTEN, 0);
+      this.outstanding--;
+    }
+    this.wentOn();
   }
 
   private scheduleFlush(): void {
@@ -332,6 +398,7 @@ export class Scheduler {
       if (slot === REFUSED) break;
       if (slot < 0) continue;
       slots.part[slot] = request.part;
+      slots.covers[slot] = this.written;
       operation.submitted(request.part);
       this.outstanding++;
       return true;

@@ -45,7 +45,8 @@ export class BackChannel {
     try {
       this.#socket = new MessageSocket(ours, peer, {
         begin: () => undefined,
-        descriptors: () => undefined,
+        // Nothing that is agreed on sends any.
+        descriptors: (fds) => fds.forEach(closeFd),
         header: checkRequest,
         message: (header) => this.#serve(header),
         doing: () => "its own requests were served",

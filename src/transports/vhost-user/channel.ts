@@ -5,7 +5,6 @@
 
 import { VirtioError } from "../../errors.js";
 import {
-  configCodec,
   encodeVhostUserMessage,
   u64Codec,
   VHOST_USER_FLAG_NEED_REPLY,
@@ -16,6 +15,7 @@ import {
   vringStateCodec,
 } from "../../protocol/vhost-user.js";
 import type { VhostUserHeader } from "../../protocol/vhost-user.js";
+import { closeFd } from "../../sys/index.js";
 import { MessageSocket } from "./socket.js";
 
 /** One request as it is sent. */
@@ -32,8 +32,13 @@ export interface Message {
 export interface Reply<T> {
   /** Payload sizes that are right. */
   readonly sizes: readonly number[];
-  /** Read the payload. Throws VirtioError ERR_VIRTIO_PROTOCOL when it contradicts the request. */
-  decode(payload: Uint8Array): T;
+  /** Whether a descriptor may come with it. To be asked for alone: descriptors do not say which reply they belong to. */
+  readonly mayCarry?: true;
+  /**
+   * Read the payload. A descriptor that came with it belongs to this function. Throws VirtioError ERR_VIRTIO_PROTOCOL
+   * when it contradicts the request.
+   */
+  decode(payload: Uint8Array, fd?: number): T;
 }
 
 /** The reply that is a single u64. */
@@ -52,31 +57,12 @@ export function vringBaseReply(index: number): Reply<number> {
   };
 }
 
-/**
- * The reply to `GET_CONFIG`: the bytes, or undefined when the back-end refused. It refuses by an empty
- * payload (libvhost-user) or by a config payload without data (rust-vmm).
- */
-export function configReply(offset: number, length: number): Reply<Uint8Array | undefined> {
-  const header = configCodec.encode({ offset: 0, flags: 0, data: new Uint8Array(0) }).length;
-  return {
-    sizes: [0, header, header + length],
-    decode(payload) {
-      if (payload.length === 0) return undefined;
-      const config = configCodec.decode(payload);
-      if (config.data.length === 0) return undefined;
-      if (config.offset !== offset) {
-        throw protocolError(`GET_CONFIG at offset ${offset} was answered for offset ${config.offset}`);
-      }
-      return config.data;
-    },
-  };
-}
-
 interface PendingReply {
   readonly request: number;
   readonly sizes: readonly number[];
+  readonly mayCarry: boolean;
   /** Reads the payload and hands it to who waits; throws when it is wrong, and nobody has been told then. */
-  readonly accept: (payload: Uint8Array) => void;
+  readonly accept: (payload: Uint8Array, fd: number | undefined) => void;
   readonly reject: (error: Error) => void;
 }
 
@@ -89,6 +75,8 @@ export class RequestChannel {
   readonly #socket: MessageSocket;
   readonly #peer: string;
   readonly #pending: PendingReply[] = [];
+  /** Came with the reply that is being received. */
+  #received: number | undefined = undefined;
   #ended: VirtioError | undefined;
 
   /**
@@ -99,10 +87,10 @@ export class RequestChannel {
     this.#peer = peer;
     this.#socket = new MessageSocket(fd, peer, {
       begin: () => this.#begin(),
-      descriptors: (count) => this.#descriptors(count),
+      descriptors: (fds) => this.#descriptors(fds),
       header: (header) => this.#header(header),
       message: (_header, payload) => this.#message(payload),
-      doing: () => `${this.waitingFor} was awaited`,
+      doing: () => `${this.#awaited} was awaited`,
       broken: (error) => {
         this.#end(error);
         this.onBroken?.(error);
@@ -115,10 +103,10 @@ export class RequestChannel {
     return this.#ended;
   }
 
-  /** What the next step of the conversation hangs on, for messages to people. */
+  /** What the next step of the conversation hangs on, and on whom, for messages to people. */
   get waitingFor(): string {
-    const oldest = this.#pending[0];
-    return oldest === undefined ? "nothing" : `the reply to ${vhostUserRequestName(oldest.request)}`;
+    if (this.#ended !== undefined) return `another connection to ${this.#peer}`;
+    return `${this.#awaited} from ${this.#peer}`;
   }
 
   /** Send a request that always has a reply, and return what the reply says. */
@@ -149,6 +137,11 @@ export class RequestChannel {
     this.#socket.send(encodeVhostUserMessage(message.request, VHOST_USER_FLAGS_REQUEST, message.payload), message.fds);
   }
 
+  /** See now what has arrived, without waiting for the event loop: also that the other side has closed it. */
+  look(): void {
+    this.#socket.look();
+  }
+
   /** Close the connection; pending requests reject with `error`. Idempotent. */
   close(error: VirtioError): void {
     this.#socket.close();
@@ -173,19 +166,30 @@ export class RequestChannel {
       this.#pending.push({
         request: message.request,
         sizes: reply.sizes,
-        accept: (payload) => resolve(reply.decode(payload)),
+        mayCarry: reply.mayCarry === true,
+        accept: (payload, fd) => resolve(reply.decode(payload, fd)),
         reject,
       });
       this.#socket.send(encodeVhostUserMessage(message.request, flags, message.payload), message.fds);
     });
   }
 
+  get #awaited(): string {
+    const oldest = this.#pending[0];
+    return oldest === undefined ? "nothing" : `the reply to ${vhostUserRequestName(oldest.request)}`;
+  }
+
   #begin(): void {
     if (this.#pending.length === 0) throw protocolError("it sent a message that nobody asked for");
   }
 
-  #descriptors(count: number): void {
-    throw protocolError(`it sent ${count} descriptors that nobody asked for`);
+  #descriptors(fds: readonly number[]): void {
+    if (this.#pending[0]?.mayCarry && fds.length === 1 && this.#received === undefined) {
+      [this.#received] = fds;
+      return;
+    }
+    fds.forEach(closeFd);
+    throw protocolError(`it sent ${fds.length} descriptors that nobody asked for`);
   }
 
   #header(header: VhostUserHeader): void {
@@ -206,16 +210,21 @@ export class RequestChannel {
   }
 
   #message(payload: Uint8Array): void {
-    this.#pending[0]?.accept(payload);
+    const fd = this.#received;
+    this.#received = undefined;
+    this.#pending[0]?.accept(payload, fd);
     this.#pending.shift();
   }
 
   #end(error: VirtioError): void {
     this.#ended ??= error;
+    if (this.#received !== undefined) closeFd(this.#received);
+    this.#received = undefined;
     for (const pending of this.#pending.splice(0)) pending.reject(this.#ended);
   }
 }
 
-function protocolError(message: string): VirtioError {
+/** The error for a peer that answers wrongly. */
+export function protocolError(message: string): VirtioError {
   return new VirtioError("ERR_VIRTIO_PROTOCOL", message);
 }

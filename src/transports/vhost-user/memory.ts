@@ -9,12 +9,24 @@ import type { VhostUserRegion } from "../../protocol/vhost-user.js";
 import type { RegionMapper } from "../memory.js";
 import type { Message, RequestChannel } from "./channel.js";
 
-/** @param slots whether CONFIGURE_MEM_SLOTS is in force; otherwise each change sends the whole table. */
-export function regionMapper(channel: RequestChannel, slots: boolean): RegionMapper {
+/**
+ * @param channel the present connection.
+ * @param slots whether CONFIGURE_MEM_SLOTS is in force; otherwise each change sends the whole table.
+ */
+export function regionMapper(channel: () => RequestChannel, slots: boolean): RegionMapper {
   return {
-    add: (region, all) => channel.confirm([slots ? addition(region) : table(all)]),
-    remove: (region, rest) => channel.confirm([slots ? removal(region) : table(rest)]),
+    add: (region, all) => channel().confirm([slots ? addition(region) : table(all)]),
+    remove: (region, rest) => channel().confirm([slots ? removal(region) : table(rest)]),
   };
+}
+
+/** Tell a back-end that has just been connected about all memory there is. */
+export async function mapAgain(
+  channel: RequestChannel,
+  slots: boolean,
+  regions: readonly MemoryRegion[],
+): Promise<void> {
+  if (regions.length > 0) await channel.confirm(slots ? regions.map(addition) : [table(regions)]);
 }
 
 function table(regions: readonly MemoryRegion[]): Message {

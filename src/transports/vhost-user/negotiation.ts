@@ -11,7 +11,7 @@ import {
   VhostUserRequest,
 } from "../../protocol/vhost-user.js";
 import { BackChannel } from "./back-channel.js";
-import type { Reply, RequestChannel } from "./channel.js";
+import type { Message, Reply, RequestChannel } from "./channel.js";
 import { U64_REPLY } from "./channel.js";
 
 /** The protocol features that are implemented here; no other is ever accepted. */
@@ -20,7 +20,26 @@ const PROTOCOL_FEATURES =
   VhostUserProtocolFeature.REPLY_ACK |
   VhostUserProtocolFeature.BACKEND_REQ |
   VhostUserProtocolFeature.CONFIG |
+  VhostUserProtocolFeature.INFLIGHT_SHMFD |
   VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS;
+
+/**
+ * Protocol features to accept.
+ *
+ * @param mayReconnect who will not come back needs nobody to remember what is in flight, which costs the back-end a
+ *   little with each request.
+ */
+export function wantedProtocolFeatures(mayReconnect: boolean): bigint {
+  return mayReconnect ? PROTOCOL_FEATURES : PROTOCOL_FEATURES & ~VhostUserProtocolFeature.INFLIGHT_SHMFD;
+}
+
+/** `SET_FEATURES`. */
+export function agreement(features: bigint, { hasProtocolFeatures }: Introduction): Message {
+  // Bit 30 is the protocol's. Left out, the back-end would enable every queue at once and take no
+  // SET_VRING_ENABLE any more.
+  const bits = hasProtocolFeatures ? features | VHOST_USER_F_PROTOCOL_FEATURES : features;
+  return { request: VhostUserRequest.SET_FEATURES, payload: u64Codec.encode(bits) };
+}
 
 /** More regions than anybody makes; a larger answer to `GET_MAX_MEM_SLOTS` says no more. */
 const ENOUGH_REGIONS = 0xffff;
@@ -44,9 +63,10 @@ export interface Introduction {
 /**
  * Begin the conversation: owner, features, protocol features and what hangs on them. Three round trips.
  *
+ * @param wanted protocol features to be accepted when offered.
  * @throws VirtioError ERR_VIRTIO_PROTOCOL when an answer makes no sense.
  */
-export async function introduce(channel: RequestChannel, peer: string): Promise<Introduction> {
+export async function introduce(channel: RequestChannel, peer: string, wanted: bigint): Promise<Introduction> {
   channel.post({ request: VhostUserRequest.SET_OWNER });
   const offered = await channel.call({ request: VhostUserRequest.GET_FEATURES }, U64_REPLY);
   const offeredFeatures = offered & ~(VHOST_USER_F_PROTOCOL_FEATURES | VHOST_F_LOG_ALL);
@@ -62,7 +82,7 @@ export async function introduce(channel: RequestChannel, peer: string): Promise<
   }
 
   const protocolFeatures = chooseProtocolFeatures(
-    await channel.call({ request: VhostUserRequest.GET_PROTOCOL_FEATURES }, U64_REPLY),
+    wanted & (await channel.call({ request: VhostUserRequest.GET_PROTOCOL_FEATURES }, U64_REPLY)),
   );
   const has = (feature: bigint) => (protocolFeatures & feature) !== 0n;
   channel.post({ request: VhostUserRequest.SET_PROTOCOL_FEATURES, payload: u64Codec.encode(protocolFeatures) });
@@ -88,8 +108,7 @@ export async function introduce(channel: RequestChannel, peer: string): Promise<
   }
 }
 
-function chooseProtocolFeatures(offered: bigint): bigint {
-  const accepted = offered & PROTOCOL_FEATURES;
+function chooseProtocolFeatures(accepted: bigint): bigint {
   // Config changes are all that the back-channel is for, and they belong to CONFIG.
   const useful = (accepted & VhostUserProtocolFeature.CONFIG) !== 0n;
   return useful ? accepted : accepted & ~VhostUserProtocolFeature.BACKEND_REQ;
@@ -104,4 +123,29 @@ function countReply(what: string, most: number): Reply<number> {
       return value > BigInt(most) ? most : Number(value);
     },
   };
+}
+
+/**
+ * See that a back-end can take the place of the one before.
+ *
+ * @param needed what that one had agreed to, and what of it was in use.
+ * @throws VirtioError ERR_VIRTIO_FEATURES.
+ */
+export function checkSame(peer: string, found: Introduction, needed: Omit<Introduction, "backChannel">): void {
+  const missing = needed.offeredFeatures & ~found.offeredFeatures;
+  const lacks = [
+    ...(missing === 0n ? [] : [`the features 0x${missing.toString(16)}`]),
+    ...(found.protocolFeatures === needed.protocolFeatures && found.hasProtocolFeatures === needed.hasProtocolFeatures
+      ? []
+      : [`the protocol features 0x${(needed.protocolFeatures & ~found.protocolFeatures).toString(16)}`]),
+    ...(found.maxQueues >= needed.maxQueues ? [] : [`${needed.maxQueues} queues (it has ${found.maxQueues})`]),
+    ...(found.maxRegions >= needed.maxRegions
+      ? []
+      : [`${needed.maxRegions} memory regions (it takes ${found.maxRegions})`]),
+  ];
+  if (lacks.length === 0) return;
+  throw new VirtioError(
+    "ERR_VIRTIO_FEATURES",
+    `${peer} came back without ${lacks.join(", ")}, which are in use; start it as it was before, or open it again`,
+  );
 }

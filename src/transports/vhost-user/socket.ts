@@ -9,8 +9,8 @@ import { closeFd, FdWatcher, receiveMessage, sendMessage } from "../../sys/index
 export interface MessageHandlers {
   /** Bytes arrived: may there be any now? */
   begin(): void;
-  /** Descriptors arrived, and were closed: nothing that this front-end agrees to sends any. */
-  descriptors(count: number): void;
+  /** Descriptors arrived, which are the owner's to close from now on. */
+  descriptors(fds: readonly number[]): void;
   /** A header is complete, its payload perhaps not. */
   header(header: VhostUserHeader): void;
   /** A message is complete; `payload` is valid during the call only. */
@@ -75,6 +75,11 @@ export class MessageSocket {
     this.#guarded(() => this.#flush());
   }
 
+  /** See now what has arrived, without waiting for the event loop. */
+  look(): void {
+    this.#onReady();
+  }
+
   /** Close the socket; nothing is called any more. Idempotent. */
   close(): void {
     if (!this.#open) return;
@@ -129,17 +134,11 @@ export class MessageSocket {
     for (let i = 0; i < MAX_READS && this.#open; i++) {
       const count = receiveMessage(this.#fd, this.#in.subarray(this.#have), fds);
       if (count < 0) return;
-      if (fds.length > 0) this.#refuse(fds);
+      if (fds.length > 0) this.#handlers.descriptors(fds.splice(0));
       if (count === 0) throw new VirtioError("ERR_VIRTIO_DISCONNECTED", "the other side has closed it");
       this.#have += count;
       this.#take();
     }
-  }
-
-  #refuse(fds: number[]): void {
-    for (const fd of fds) closeFd(fd);
-    this.#handlers.descriptors(fds.length);
-    fds.length = 0;
   }
 
   #take(): void {

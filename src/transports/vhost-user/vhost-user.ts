@@ -2,14 +2,7 @@
 
 import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../../errors.js";
 import type { MemoryRegion } from "../../memory/index.js";
-import {
-  configCodec,
-  u64Codec,
-  VHOST_USER_F_PROTOCOL_FEATURES,
-  VHOST_USER_MAX_CONFIG_SIZE,
-  VhostUserProtocolFeature,
-  VhostUserRequest,
-} from "../../protocol/vhost-user.js";
+import { VhostUserProtocolFeature } from "../../protocol/vhost-user.js";
 import { connectUnix } from "../../sys/index.js";
 import { VIRTQUEUE_MAX_SIZE } from "../../virtqueue/defs.js";
 import { VirtioFeature } from "../../virtqueue/features.js";
@@ -17,12 +10,15 @@ import { chooseFeatures, COMMON_FEATURES } from "../features.js";
 import { Lifetime } from "../lifetime.js";
 import { TransportMemory } from "../memory.js";
 import { checkQueues } from "../queues.js";
-import type { QueueNotifier, QueueSetup, VirtioTransport, WaitOptions } from "../transport.js";
+import type { QueueNotifier, QueueSetup, ReconnectOptions, Recovery, VirtioTransport } from "../transport.js";
+import type { WaitOptions } from "../transport.js";
 import { checkWait, DEFAULT_TIMEOUT, Serial, Waits } from "../wait.js";
-import { configReply, RequestChannel } from "./channel.js";
-import { regionMapper, removal } from "./memory.js";
-import { type Introduction, introduce } from "./negotiation.js";
+import { RequestChannel } from "./channel.js";
+import { checkConfigRange, configWrite, readConfig } from "./config.js";
+import { mapAgain, regionMapper, removal } from "./memory.js";
+import { agreement, checkSame, type Introduction, introduce, wantedProtocolFeatures } from "./negotiation.js";
 import { VhostUserQueues } from "./queues.js";
+import { Backoff, gaveUp, isPassing, reconnectPolicy, type ReconnectPolicy } from "./reconnect.js";
 
 /** Where a back-end is reached: the path of its socket, or a connected descriptor, which is owned from then on. */
 export type VhostUserTarget = string | { readonly path: string } | { readonly fd: number };
@@ -31,11 +27,15 @@ export type VhostUserTarget = string | { readonly path: string } | { readonly fd
 export interface VhostUserOptions extends WaitOptions {
   /** Milliseconds that this and every later operation waits at most, unless it says otherwise. Default 10000. */
   readonly timeout?: number;
+  /**
+   * Whether to connect again when the connection breaks while queues run and the driver takes part (see `recovery`),
+   * and how often. Default: true for a path; a descriptor cannot be connected again.
+   */
+  readonly reconnect?: boolean | ReconnectOptions;
   /** Runs once the connection is closed, and `close` waits for it: to stop a back-end that was started for it. */
   readonly afterClose?: () => Promise<void>;
 }
 
-const U32_MAX = 0xffff_ffff;
 const U64_MAX = 0xffff_ffff_ffff_ffffn;
 
 /**
@@ -67,12 +67,18 @@ export class VhostUser implements VirtioTransport {
   readonly maxRegions: number;
   readonly hasConfig: boolean;
   onConfigChange: (() => void) | undefined;
+  recovery: Recovery | undefined = undefined;
 
   readonly #peer: string;
   readonly #timeout: number;
-  readonly #channel: RequestChannel;
+  /** Where to connect again, and how. */
+  readonly #path: string | undefined;
+  readonly #policy: ReconnectPolicy | undefined;
+  readonly #backoff: Backoff | undefined;
+  /** The present connection. */
+  readonly #link: { channel: RequestChannel };
   readonly #waits: Waits;
-  readonly #introduction: Introduction;
+  #introduction: Introduction;
   readonly #memory: TransportMemory;
   readonly #queues: VhostUserQueues;
   readonly #afterClose: (() => Promise<void>) | undefined;
@@ -81,6 +87,14 @@ export class VhostUser implements VirtioTransport {
   #features = 0n;
   #negotiation: "open" | "begun" | "done" = "open";
   readonly #lifetime: Lifetime;
+  /** Why the connection broke, until there is another one. */
+  #broken: VirtioError | undefined = undefined;
+  /** Ends with the outage: by another connection, or by the error that ends the device. */
+  #outage: Promise<void> | undefined = undefined;
+  /** Ends a pause between two attempts. */
+  #endPause: (() => void) | undefined = undefined;
+  /** A look found the device gone, and the event loop has had no turn since. */
+  #isUnheard = false;
 
   /**
    * Connect to a back-end and ask what it has: up to four round trips.
@@ -92,35 +106,35 @@ export class VhostUser implements VirtioTransport {
    */
   static async connect(target: VhostUserTarget, options: VhostUserOptions = {}): Promise<VhostUser> {
     const where = checkTarget(target);
-    const { afterClose, ...wait } = options;
+    const { afterClose, reconnect, ...wait } = options;
+    const policy = reconnectPolicy(reconnect ?? "path" in where);
+    if (policy !== undefined && !("path" in where))
+      throw rangeError("reconnect", "a path to connect to", "a descriptor");
     const { timeout, signal } = checkWait(wait, DEFAULT_TIMEOUT);
     signal?.throwIfAborted();
     const peer = `the back-end at ${"path" in where ? where.path : `descriptor ${where.fd}`}`;
     const channel = new RequestChannel("path" in where ? connectUnix(where.path) : where.fd, peer);
     try {
-      const waits = new Waits(timeout, () => `${channel.waitingFor} from ${peer}`);
-      const introduction = await waits.during(() => introduce(channel, peer), wait);
+      const link = { channel };
+      const waits = new Waits(timeout, () => link.channel.waitingFor);
+      const introduction = await waits.during(
+        () => introduce(channel, peer, wantedProtocolFeatures(policy !== undefined)),
+        wait,
+      );
       if (channel.ended !== undefined) {
         introduction.backChannel?.close();
         throw channel.ended;
       }
-      return new VhostUser(where, peer, timeout, channel, waits, introduction, afterClose);
+      return new VhostUser(where, { peer, timeout, link, waits, introduction, policy, afterClose });
     } catch (error) {
       channel.close(new VirtioError("ERR_VIRTIO_CLOSED", "the connection was given up", { cause: error }));
       throw error;
     }
   }
 
-  private constructor(
-    where: { path: string } | { fd: number },
-    peer: string,
-    timeout: number,
-    channel: RequestChannel,
-    waits: Waits,
-    introduction: Introduction,
-    afterClose: (() => Promise<void>) | undefined,
-  ) {
-    this.#afterClose = afterClose;
+  private constructor(where: { path: string } | { fd: number }, parts: Parts) {
+    const { peer, link, introduction, policy } = parts;
+    this.#afterClose = parts.afterClose;
     this.address = "path" in where ? `vhost-user:${where.path}` : `vhost-user:descriptor ${where.fd}`;
     this.offeredFeatures = introduction.offeredFeatures;
     this.protocolFeatures = introduction.protocolFeatures;
@@ -128,22 +142,30 @@ export class VhostUser implements VirtioTransport {
     this.maxRegions = introduction.maxRegions;
     this.hasConfig = this.#has(VhostUserProtocolFeature.CONFIG);
     this.#peer = peer;
-    this.#timeout = timeout;
-    this.#channel = channel;
-    this.#waits = waits;
+    this.#timeout = parts.timeout;
+    this.#path = "path" in where ? where.path : undefined;
+    this.#policy = policy;
+    this.#backoff = policy === undefined ? undefined : new Backoff(policy);
+    this.#link = link;
+    this.#waits = parts.waits;
     this.#introduction = introduction;
     this.#lifetime = new Lifetime(peer);
-    this.#memory = new TransportMemory(regionMapper(channel, this.#hasMemorySlots), {
-      maxRegions: this.maxRegions,
-      peer,
+    this.#memory = new TransportMemory(
+      regionMapper(() => this.#link.channel, this.#hasMemorySlots),
+      { maxRegions: this.maxRegions, peer },
+    );
+    this.#queues = new VhostUserQueues(link.channel, {
+      switched: introduction.hasProtocolFeatures,
+      tracked: this.#has(VhostUserProtocolFeature.INFLIGHT_SHMFD),
+      onError: (index) => this.#queueBroke(index),
+      look: () => this.#look(),
     });
-    this.#queues = new VhostUserQueues(channel, introduction.hasProtocolFeatures, (index) => this.#queueBroke(index));
-    channel.onBroken = (error) => this.#end(error);
-    const { backChannel } = introduction;
-    if (backChannel !== undefined) {
-      backChannel.onBroken = (error) => this.#end(error);
-      backChannel.onConfigChange = () => this.onConfigChange?.();
-    }
+    this.#listen();
+  }
+
+  /** Whether it can connect again. */
+  get reconnects(): boolean {
+    return this.#policy !== undefined;
   }
 
   /** Features in force; 0 before `negotiate`. */
@@ -175,12 +197,9 @@ export class VhostUser implements VirtioTransport {
     // Not ACCESS_PLATFORM: it would turn every address into one that the back-end looks up by IOTLB messages. Not
     // NOTIFICATION_DATA, RING_RESET: an eventfd carries no data, and the protocol resets no single queue.
     const features = chooseFeatures(this.offeredFeatures, wanted, { carried: COMMON_FEATURES, peer: this.#peer });
-    // Bit 30 is the protocol's. Left out, the back-end would enable every queue at once and take no
-    // SET_VRING_ENABLE any more.
-    const bits = this.#introduction.hasProtocolFeatures ? features | VHOST_USER_F_PROTOCOL_FEATURES : features;
     await this.#waits.during(async () => {
       this.#negotiation = "begun";
-      await this.#channel.confirm([{ request: VhostUserRequest.SET_FEATURES, payload: u64Codec.encode(bits) }]);
+      await this.#link.channel.confirm([agreement(features, this.#introduction)]);
       this.#negotiation = "done";
       this.#features = features;
     }, options);
@@ -195,14 +214,9 @@ export class VhostUser implements VirtioTransport {
   async readConfig(offset: number, length: number, options?: WaitOptions): Promise<Uint8Array> {
     checkConfigRange(offset, length);
     this.#checkConfig();
-    const payload = configCodec.encode({ offset, flags: 0, data: new Uint8Array(length) });
-    const message = { request: VhostUserRequest.GET_CONFIG, payload };
-    const bytes = await this.#waits.during(() => this.#channel.call(message, configReply(offset, length)), options);
-    if (bytes !== undefined) return bytes;
-    throw new VirtioError(
-      "ERR_VIRTIO_CONFIG",
-      `${this.#peer} refused to read ${length} bytes of config space at ${offset}; ` +
-        "it is probably shorter, read only the fields that the offered features imply",
+    return this.#waits.during(
+      () => this.#connected(() => readConfig(this.#link.channel, this.#peer, offset, length)),
+      options,
     );
   }
 
@@ -217,11 +231,8 @@ export class VhostUser implements VirtioTransport {
     checkConfigRange(offset, bytes.length);
     this.#checkConfig();
     this.#checkNegotiated();
-    const message = {
-      request: VhostUserRequest.SET_CONFIG,
-      payload: configCodec.encode({ offset, flags: 0, data: bytes }),
-    };
-    await this.#waits.during(() => this.#channel.confirm([message]), options);
+    const message = configWrite(offset, bytes);
+    await this.#waits.during(() => this.#connected(() => this.#link.channel.confirm([message])), options);
   }
 
   /**
@@ -298,11 +309,12 @@ export class VhostUser implements VirtioTransport {
   async #shutDown(): Promise<void> {
     const closed = this.#lifetime.closedError();
     this.#waits.endAll(closed);
-    if (this.#lifetime.ended === undefined) {
+    this.#endPause?.();
+    if (this.#lifetime.ended === undefined && this.#broken === undefined) {
       const retreat = async () => {
         await this.#queues.stop();
         // As far as the protocol has words for it.
-        if (this.#hasMemorySlots) await this.#channel.confirm(this.#memory.regions.map(removal));
+        if (this.#hasMemorySlots) await this.#link.channel.confirm(this.#memory.regions.map(removal));
       };
       // A peer that does not answer, or not rightly, has had its chance: closing the connection withdraws all.
       await this.#waits.during(() => this.#changes.run(retreat), { timeout: this.#timeout }).catch(() => undefined);
@@ -323,7 +335,7 @@ export class VhostUser implements VirtioTransport {
     void this.#changes.run(async () => {
       if (wait.over) return;
       try {
-        const value = await job();
+        const value = await this.#connected(job);
         // If undoing fails, the connection is broken, which onLost tells, or a region stays until close.
         if (!wait.resolve(value)) await undo?.(value);
       } catch (error) {
@@ -341,6 +353,154 @@ export class VhostUser implements VirtioTransport {
     return this.#has(VhostUserProtocolFeature.CONFIGURE_MEM_SLOTS);
   }
 
+  /** Hear what becomes of the present connection. */
+  #listen(): void {
+    const { backChannel } = this.#introduction;
+    this.#link.channel.onBroken = (error) => this.#breaks(error);
+    if (backChannel === undefined) return;
+    backChannel.onBroken = (error) => this.#end(error);
+    backChannel.onConfigChange = () => this.onConfigChange?.();
+  }
+
+  /** The connection broke. A peer that hung up may come back; one that broke the rules is not asked again. */
+  #breaks(error: VirtioError): void {
+    const { recovery } = this;
+    const mayReturn = this.#backoff !== undefined && error.code === "ERR_VIRTIO_DISCONNECTED" && this.#queues.running;
+    if (!mayReturn || this.#lifetime.isOver || recovery?.disconnected(error) !== true) {
+      this.#end(error);
+      return;
+    }
+    this.#broken = error;
+    this.#introduction.backChannel?.close();
+    this.#backoff.lost(recovery.completed);
+    this.#outage = this.#reconnect(this.#backoff, recovery, error);
+    void this.#hush(this.#outage);
+  }
+
+  /** Try until there is another connection, or it is time to give up. */
+  async #reconnect(backoff: Backoff, recovery: Recovery, lost: VirtioError): Promise<void> {
+    let latest: unknown = lost;
+    for (let delay = backoff.next(); delay !== undefined; delay = backoff.next()) {
+      recovery.reconnecting(backoff.attempts, delay);
+      await this.#pause(delay);
+      this.#lifetime.check();
+      try {
+        await this.#tryAgain(recovery);
+      } catch (error) {
+        this.#lifetime.check();
+        latest = error;
+        if (isPassing(error)) continue;
+        break;
+      }
+      backoff.returned();
+      this.#broken = undefined;
+      this.#outage = undefined;
+      recovery.reconnected(backoff.attempts);
+      // Whatever happened to the new connection before somebody listened.
+      if (this.#link.channel.ended !== undefined) this.#breaks(this.#link.channel.ended);
+      return;
+    }
+    const error = gaveUp(this.#peer, backoff.attempts, latest);
+    this.#end(error);
+    throw error;
+  }
+
+  async #tryAgain(recovery: Recovery): Promise<void> {
+    const channel = new RequestChannel(connectUnix(this.#path ?? ""), this.#peer);
+    try {
+      const introduction = await this.#waits.during(() => this.#takeUp(channel, recovery), { timeout: this.#timeout });
+      this.#link.channel = channel;
+      this.#introduction = introduction;
+      this.#listen();
+    } catch (error) {
+      channel.close(new VirtioError("ERR_VIRTIO_DISCONNECTED", "the attempt to reconnect failed", { cause: error }));
+      throw error;
+    }
+  }
+
+  /** Bring another back-end to where the one before was. */
+  async #takeUp(channel: RequestChannel, recovery: Recovery): Promise<Introduction> {
+    const introduction = await introduce(channel, this.#peer, this.protocolFeatures);
+    try {
+      checkSame(this.#peer, introduction, {
+        offeredFeatures: this.#features,
+        hasProtocolFeatures: this.#introduction.hasProtocolFeatures,
+        protocolFeatures: this.protocolFeatures,
+        maxQueues: this.#queues.count,
+        maxRegions: this.#memory.regions.length,
+      });
+      await channel.confirm([agreement(this.#features, introduction)]);
+      await mapAgain(channel, this.#hasMemorySlots, this.#memory.regions);
+      const bases = await recovery.restart({
+        address: this.address,
+        hasConfig: this.hasConfig,
+        tracked: this.#queues.isTracked,
+        readConfig: (offset, length) => readConfig(channel, this.#peer, offset, length),
+        writeConfig: (offset, bytes) => channel.confirm([configWrite(offset, bytes)]),
+      });
+      await this.#queues.startAgain(channel, bases);
+      return introduction;
+    } catch (error) {
+      introduction.backChannel?.close();
+      throw error;
+    }
+  }
+
+  /** Whoever waits for the outage's end hears how it ended, and so does everybody by `onLost`. */
+  async #hush(outage: Promise<void>): Promise<void> {
+    await outage.catch(() => undefined);
+  }
+
+  /** Nothing that waits here keeps the process alive: requests in flight do. */
+  async #pause(delay: number): Promise<void> {
+    await new Promise<void>((resolve) => {
+      const timer = setTimeout(resolve, delay).unref();
+      this.#endPause = () => {
+        clearTimeout(timer);
+        resolve();
+      };
+    });
+    this.#endPause = undefined;
+  }
+
+  /** Do what needs a connection, also after an outage, and again when one began meanwhile. */
+  async #connected<T>(job: () => Promise<T>): Promise<T> {
+    for (;;) {
+      await this.#outage;
+      try {
+        return await job();
+      } catch (error) {
+        if (this.#outage === undefined || !isPassing(error)) throw error;
+      }
+    }
+  }
+
+  /** See `QueueNotifier.look`. */
+  #look(): VirtioError | undefined {
+    if (this.#gone === undefined) {
+      this.#link.channel.look();
+      if (this.#gone === undefined) return undefined;
+    } else if (!this.#isUnheard) {
+      // Whether there will be turns from now on only the next look can tell.
+      this.#awaitTurn();
+      return undefined;
+    }
+    this.#awaitTurn();
+    return this.#gone;
+  }
+
+  #awaitTurn(): void {
+    if (this.#isUnheard) return;
+    this.#isUnheard = true;
+    setImmediate(() => {
+      this.#isUnheard = false;
+    }).unref();
+  }
+
+  get #gone(): VirtioError | undefined {
+    return this.#broken ?? this.#lifetime.ended;
+  }
+
   #queueBroke(index: number): void {
     this.#end(
       new VirtioError(
@@ -352,7 +512,7 @@ export class VhostUser implements VirtioTransport {
 
   #end(error: VirtioError): void {
     if (!this.#lifetime.end(error)) return;
-    this.#channel.close(error);
+    this.#link.channel.close(error);
     this.#introduction.backChannel?.close();
     this.#waits.endAll(error);
   }
@@ -385,6 +545,17 @@ export class VhostUser implements VirtioTransport {
   }
 }
 
+/** What a connection is made of. */
+interface Parts {
+  readonly peer: string;
+  readonly timeout: number;
+  readonly link: { channel: RequestChannel };
+  readonly waits: Waits;
+  readonly introduction: Introduction;
+  readonly policy: ReconnectPolicy | undefined;
+  readonly afterClose: (() => Promise<void>) | undefined;
+}
+
 function checkTarget(target: VhostUserTarget): { path: string } | { fd: number } {
   if (typeof target === "string") return { path: target };
   if (typeof target !== "object" || target === null) throw typeError("target", "a path or { path } or { fd }", target);
@@ -392,9 +563,4 @@ function checkTarget(target: VhostUserTarget): { path: string } | { fd: number }
   if (!("path" in target)) return { fd: checkInteger("fd", target.fd, 0) };
   if (typeof target.path !== "string") throw typeError("path", "a string", target.path);
   return { path: target.path };
-}
-
-function checkConfigRange(offset: number, length: number): void {
-  checkInteger("length", length, 1, VHOST_USER_MAX_CONFIG_SIZE);
-  checkInteger("offset", offset, 0, U32_MAX - length);
 }

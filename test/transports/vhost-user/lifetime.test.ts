@@ -394,7 +394,10 @@ describe("process", () => {
         } catch {
           for (const fd of hoard.splice(0, free)) closeSync(fd);
         }
-        const outcome = await life().then(() => "whole", (error) => error.cause?.errno ?? error.errno);
+        // A descriptor that comes with a reply and finds no room is cut off, for which there is no errno.
+        const isCut = (error) => error.code === "ERR_VIRTIO_PROTOCOL" && error.message.includes("ulimit -n");
+        const cause = (error) => (isCut(error) ? 24 : error.cause?.errno ?? error.errno);
+        const outcome = await life().then(() => "whole", cause);
         for (const fd of hoard) closeSync(fd);
         console.log(outcome, open() - before);
       }`;

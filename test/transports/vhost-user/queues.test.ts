@@ -162,8 +162,10 @@ describe("queues", () => {
     const before = peer.messages.length;
     const [again] = await device.startQueues([setup]);
     assert.deepEqual(peer.names.slice(before), [
+      "GET_INFLIGHT_FD",
       "SET_VRING_NUM",
       "SET_VRING_BASE",
+      "SET_INFLIGHT_FD",
       "SET_VRING_ADDR",
       "SET_VRING_CALL",
       "SET_VRING_ERR",
