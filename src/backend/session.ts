@@ -81,6 +81,8 @@ export interface SessionOptions {
   readonly queues: number;
   /** Refuse memory that is not sealed against shrinking. */
   readonly sealedMemory: boolean;
+  /** Offer INFLIGHT_SHMFD. */
+  readonly inflight: boolean;
   /** Counters. */
   readonly stats: BackendStats;
 }
@@ -96,6 +98,7 @@ export class Session implements VringEvents {
   private readonly device: BlkDevice;
   private readonly stats: BackendStats;
   private readonly sealedMemory: boolean;
+  private readonly offeredProtocol: bigint;
   private readonly connection: Connection;
   private readonly poller = new Poller();
   private readonly rings: readonly Vring[];
@@ -117,6 +120,7 @@ export class Session implements VringEvents {
     this.device = device;
     this.stats = stats;
     this.sealedMemory = options.sealedMemory;
+    this.offeredProtocol = PROTOCOL_FEATURES & (options.inflight ? ~0n : ~VhostUserProtocolFeature.INFLIGHT_SHMFD);
     this.device.negotiate(0n);
     this.rings = Array.from({ length: queues }, (_, i) => new Vring(i, stats, this));
     this.context = this.contextOf(new MemoryTable(this.sealedMemory));
@@ -231,7 +235,7 @@ export class Session implements VringEvents {
         return expectEmpty(message);
       case VhostUserRequest.GET_PROTOCOL_FEATURES:
         expectEmpty(message);
-        return u64Codec.encode(PROTOCOL_FEATURES);
+        return u64Codec.encode(this.offeredProtocol);
       case VhostUserRequest.SET_PROTOCOL_FEATURES:
         return this.setProtocolFeatures(u64Codec.decode(payload));
       case VhostUserRequest.GET_QUEUE_NUM:
@@ -338,7 +342,7 @@ export class Session implements VringEvents {
   }
 
   private setProtocolFeatures(features: bigint): undefined {
-    if ((features & ~PROTOCOL_FEATURES) !== 0n) {
+    if ((features & ~this.offeredProtocol) !== 0n) {
       // No acknowledgement could be relied on here: the front-end means another protocol than this back-end.
       this.protocolFeatures = 0n;
       throw refuse(`the protocol features 0x${features.toString(16)} were not all offered`);

@@ -26,6 +26,8 @@ export interface VhostUserBackendOptions {
    * Default false.
    */
   readonly sealedMemory?: boolean;
+  /** Whether to offer to remember requests in flight beyond the back-end's death (INFLIGHT_SHMFD). Default true. */
+  readonly inflight?: boolean;
   /** Told of storage failures, bad messages and broken queues; each harms one front-end, never the back-end. */
   readonly onError?: (error: unknown) => void;
 }
@@ -67,6 +69,7 @@ export class VhostUserBackend {
   readonly #device: BlkDevice;
   readonly #queues: number;
   readonly #sealedMemory: boolean;
+  readonly #inflight: boolean;
   readonly #fd: number;
   readonly #inode: number;
   #watcher: FdWatcher | undefined;
@@ -78,15 +81,17 @@ export class VhostUserBackend {
 
   private constructor(options: VhostUserBackendOptions) {
     checkOptions("VhostUserBackend", options, [
-      ...["path", "storage", "queues", "packed", "blockSize", "sealedMemory", "onError"],
+      ...["path", "storage", "queues", "packed", "blockSize", "sealedMemory", "inflight", "onError"],
     ]);
     const { path, storage, queues = 1, packed = true, blockSize = 512, sealedMemory = false } = options;
-    const { onError = () => undefined } = options;
+    const { inflight = true, onError = () => undefined } = options;
     if (typeof sealedMemory !== "boolean") throw typeError("sealedMemory", "a boolean", sealedMemory);
+    if (typeof inflight !== "boolean") throw typeError("inflight", "a boolean", inflight);
     if (typeof onError !== "function") throw typeError("onError", "a function", onError);
     this.#device = new BlkDevice({ storage, queues, packed, blockSize });
     this.#queues = queues;
     this.#sealedMemory = sealedMemory;
+    this.#inflight = inflight;
     this.stats = new BackendStats(onError);
     this.path = path;
     this.#fd = listenUnix(path);
@@ -179,7 +184,7 @@ export class VhostUserBackend {
   #serve(fd: number): void {
     const session = new Session({
       ...{ fd, device: this.#device, queues: this.#queues, stats: this.stats },
-      sealedMemory: this.#sealedMemory,
+      ...{ sealedMemory: this.#sealedMemory, inflight: this.#inflight },
     });
     this.stats.connections++;
     this.#session = session;

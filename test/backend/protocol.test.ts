@@ -44,6 +44,14 @@ describe("vhost-user back-end: messages", () => {
     assert.deepEqual(await front.ask(R.GET_VRING_BASE, state), state);
   });
 
+  it("does not offer INFLIGHT_SHMFD where it is told not to, and refuses it then", async (t) => {
+    const { front } = pair(t, { inflight: false });
+    const offered = await front.askU64(R.GET_PROTOCOL_FEATURES);
+    assert.equal(offered, ALL_PROTOCOL_FEATURES | STATUS | BACKEND_REQ);
+    front.send(R.SET_PROTOCOL_FEATURES, u64Codec.encode(offered | INFLIGHT_SHMFD));
+    await front.hungUp();
+  });
+
   it("VHU-BE-22 acknowledges what asks for it, and only that; a request with a reply is answered once", async (t) => {
     const { front } = pair(t);
     await front.handshake(0n);
@@ -472,6 +480,7 @@ describe("a back-end's life", () => {
     });
     assert.throws(listen({ packed: 1 }), { name: "TypeError" });
     assert.throws(listen({ sealedMemory: "yes" }), { name: "TypeError" });
+    assert.throws(listen({ inflight: 1 }), { name: "TypeError" });
     assert.throws(listen({ onError: 1 }), { name: "TypeError" });
     assert.throws(listen({ Packed: true }), { name: "TypeError", message: /"packed"/ });
     assert.throws(listen({ storage: { capacity: 511 } }), { name: "RangeError" });
