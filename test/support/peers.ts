@@ -123,6 +123,12 @@ export class Daemon {
     clearTimeout(patience);
   }
 
+  /** End the program as no program wants to be ended (SIGKILL), and wait for its end. */
+  async kill(): Promise<void> {
+    this.#child.kill("SIGKILL");
+    await this.#ended;
+  }
+
   async #untilListening(program: string): Promise<void> {
     const failed = (what: string) => new Error(`${program} ${what}:\n${this.output}`);
     const over = new AbortController();
@@ -177,9 +183,20 @@ export function startStorageDaemon(folder: TemporaryFolder, options: StorageDaem
   ]);
 }
 
+/** Whether a client of the socket at `path` was accepted: a connected socket (SS_CONNECTED) that has an inode. */
+export function hasClient(path: string): boolean {
+  return socketsAt(path).some(([, , , flags, , state, inode]) => flags === "00000000" && state === "03" && inode !== "0");
+}
+
 /** Whether a socket accepts connections (__SO_ACCEPTCON in the flags of /proc/net/unix), without making one. */
 function isListening(path: string): boolean {
+  return socketsAt(path).some(([, , , flags]) => flags === "00010000");
+}
+
+/** The lines of /proc/net/unix for sockets with this path, in fields. */
+function socketsAt(path: string): string[][] {
   return readFileSync("/proc/net/unix", "utf8")
     .split("\n")
-    .some((line) => line.endsWith(` ${path}`) && line.split(/\s+/)[3] === "00010000");
+    .filter((line) => line.endsWith(` ${path}`))
+    .map((line) => line.split(/\s+/));
 }

@@ -1,0 +1,91 @@
+/** One open device under the load of the torture, from the first call to the last look at every byte of the disk. */
+
+import { setImmediate } from "node:timers/promises";
+import type { BlockDevice, VirtioBlkQueue } from "../../src/index.js";
+import { Load, type LoadContext } from "./load.js";
+import { QueueLoad } from "./queue-load.js";
+
+/** Calls in flight at a time. */
+const DEPTH = 64;
+/** Of these, on a queue that was taken, if one was. */
+const QUEUE_DEPTH = 24;
+/** Bytes of the reads of the last look. */
+const LOOK_BYTES = 64 * 1024;
+
+/** What one device has been asked for. */
+export interface LifeCounts {
+  /** Requests of every kind that have ended, given up or not. */
+  requests: number;
+  /** Of these, calls that were made to be given up. */
+  abandoned: number;
+  /** Of these, flushes. */
+  flushes: number;
+  /** Of these, those of a queue that was taken. */
+  lowLevel: number;
+}
+
+/** A device that is kept busy: by promises, and on a queue that was taken from it. */
+export class Life {
+  private readonly context: LoadContext;
+  private readonly load: Load;
+  private readonly queueLoad: QueueLoad | undefined;
+
+  /** @param queue - one that was taken from the device, to be driven by the low-level API. */
+  constructor(context: LoadContext, queue: VirtioBlkQueue | undefined) {
+    this.context = context;
+    this.queueLoad = queue === undefined ? undefined : new QueueLoad(context, queue);
+    this.load = new Load(context);
+  }
+
+  /** Begin. */
+  start(): void {
+    this.context.watch.paused = false;
+    this.load.start(this.queueLoad === undefined ? DEPTH : DEPTH - QUEUE_DEPTH);
+    this.queueLoad?.start(QUEUE_DEPTH);
+  }
+
+  /** Wait until the device has returned everything, also what was given up. The load stays paused. */
+  async drain(): Promise<void> {
+    const { disk, ledger, watch } = this.context;
+    await watch.pause();
+    // What was given up makes no promise that one could wait for.
+    while (disk.pending > 0 && !watch.over) {
+      if (disk.mode === "poll") disk.poll();
+      await setImmediate();
+    }
+    ledger.settle();
+  }
+
+  /** End, when all is drained: flush, and look at every byte of the disk, as the driver reads it. */
+  async end(): Promise<void> {
+    const { disk, ledger, watch } = this.context;
+    await watch.wait(this.load.stop());
+    await this.queueLoad?.stop();
+    disk.mode = "event";
+    const begun = ledger.flushing();
+    await watch.wait(disk.flush());
+    ledger.flushed(begun);
+    await lookAtEveryByte(disk, this.context);
+  }
+
+  /** What was done so far. */
+  get counts(): LifeCounts {
+    const { allocate, ...calls } = this.load.counts;
+    const lowLevel = this.queueLoad?.requests ?? 0;
+    const requests = Object.values(calls).reduce((sum, count) => sum + count, lowLevel);
+    return { requests, abandoned: calls.abandon, flushes: calls.flush, lowLevel };
+  }
+}
+
+/** Read the whole disk in order. */
+async function lookAtEveryByte(disk: BlockDevice, { ledger, watch }: LoadContext): Promise<void> {
+  const bytes = new Uint8Array(Math.min(LOOK_BYTES, ledger.bytes));
+  for (let position = 0; position < ledger.bytes; position += bytes.length) {
+    const length = Math.min(bytes.length, ledger.bytes - position);
+    const part = bytes.subarray(0, length);
+    const reading = ledger.beginReading(position, length, part);
+    await watch.wait(disk.read(part, { position }));
+    ledger.endReading(reading, part, "the last look");
+    watch.progress();
+  }
+}
