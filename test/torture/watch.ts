@@ -111,12 +111,13 @@ export class Watch {
     return Promise.race([promise, this.failed]);
   }
 
-  /** Something has failed; the first failure counts. */
-  fail(error: unknown): void {
-    if (this.failure !== undefined) return;
+  /** Something has failed; the first failure counts, and is returned with all that is known. */
+  fail(error: unknown): Error {
+    if (this.failure !== undefined) return this.failure;
     const why = error instanceof Error ? error : new Error(String(error));
     this.failure = new TortureFailure(`${why.message}\n${this.describe()}`, { cause: why });
     this.reject(this.failure);
+    return this.failure;
   }
 
   /** Stop watching. */
