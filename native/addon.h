@@ -15,15 +15,21 @@
 /* What a function of this addon is: given its arguments (undefined where the caller left them out), it answers. */
 typedef napi_value (*function)(napi_env env, const napi_value *args);
 
-/* A descriptor or small number; what is not a number becomes -1, which no system call takes for a descriptor. */
+/*
+ * A descriptor or small number. What is not one becomes -1, which no system call takes for a descriptor: Node-API's own
+ * conversion would make standard input of NaN, and wrap what is too large.
+ */
 static inline int to_int(napi_env env, napi_value value) {
-  int32_t number;
-  return napi_get_value_int32(env, value, &number) == napi_ok ? number : -1;
+  double number;
+  bool is_one = napi_get_value_double(env, value, &number) == napi_ok && number >= INT32_MIN && number <= INT32_MAX;
+  return is_one ? (int)number : -1;
 }
 
+/* A size or offset; -1 for what is not a number or none of 64 bits. */
 static inline int64_t to_long(napi_env env, napi_value value) {
-  int64_t number;
-  return napi_get_value_int64(env, value, &number) == napi_ok ? number : -1;
+  double number;
+  bool is_one = napi_get_value_double(env, value, &number) == napi_ok && number >= -0x1p63 && number < 0x1p63;
+  return is_one ? (int64_t)number : -1;
 }
 
 /* The bytes under a typed array of the given type; false when the value is something else. */

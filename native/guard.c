@@ -18,10 +18,13 @@
 
 enum { MAX_GUARDED = 4096 };
 
-/* A guarded mapping; `end` is 0 where there is none. `lost` is set when a part of it was replaced. */
+/*
+ * A guarded mapping; `start` is 0 where there is none. `lost` is set when a part of it was replaced. `version` is odd while
+ * the rest changes: a handler that met the end of one mapping and the start of the next would replace what lies between.
+ */
 struct guarded {
   uintptr_t start, end, granule;
-  uint32_t lost;
+  uint32_t lost, version;
 };
 
 static struct guarded table[MAX_GUARDED];
@@ -44,14 +47,23 @@ static void pass_on(int signal, siginfo_t *info, void *context) {
   }
 }
 
+/* Copy an entry; false when it is being changed, which the mapping that is accessed is not. */
+static bool copy_entry(int32_t i, struct guarded *copy) {
+  uint32_t version = __atomic_load_n(&table[i].version, __ATOMIC_SEQ_CST);
+  copy->start = __atomic_load_n(&table[i].start, __ATOMIC_SEQ_CST);
+  copy->end = __atomic_load_n(&table[i].end, __ATOMIC_SEQ_CST);
+  copy->granule = __atomic_load_n(&table[i].granule, __ATOMIC_SEQ_CST);
+  return version % 2 == 0 && version == __atomic_load_n(&table[i].version, __ATOMIC_SEQ_CST);
+}
+
 static void on_fault(int signal, siginfo_t *info, void *context) {
   int saved = errno;
   uintptr_t at = (uintptr_t)info->si_addr;
   int32_t count = __atomic_load_n(&used, __ATOMIC_ACQUIRE);
   for (int32_t i = 0; info->si_code > 0 && i < count; i++) {
-    uintptr_t end = __atomic_load_n(&table[i].end, __ATOMIC_ACQUIRE);
-    if (at < table[i].start || at >= end) continue;
-    uintptr_t from = at & ~(table[i].granule - 1);
+    struct guarded entry;
+    if (!copy_entry(i, &entry) || at < entry.start || at >= entry.end) continue;
+    uintptr_t from = at & ~(entry.granule - 1), end = entry.end;
     long address = syscall(SYS_mmap, from, end - from, PROT_READ | PROT_WRITE,
                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0L);
     if (address != (long)from) break;
@@ -78,6 +90,15 @@ static int install(void) {
   return result;
 }
 
+/* Change an entry that this thread has taken. */
+static void change(int32_t i, uintptr_t end, size_t granule) {
+  __atomic_add_fetch(&table[i].version, 1, __ATOMIC_SEQ_CST);
+  __atomic_store_n(&table[i].granule, granule, __ATOMIC_SEQ_CST);
+  __atomic_store_n(&table[i].lost, 0, __ATOMIC_SEQ_CST);
+  __atomic_store_n(&table[i].end, end, __ATOMIC_SEQ_CST);
+  __atomic_add_fetch(&table[i].version, 1, __ATOMIC_SEQ_CST);
+}
+
 /* Guard a range, whose pages have `granule` bytes; its number, or -errno. */
 int guard(void *start, size_t span, size_t granule) {
   if (install() == -1) return -errno;
@@ -87,9 +108,7 @@ int guard(void *start, size_t span, size_t granule) {
                                      __ATOMIC_ACQUIRE)) {
       continue;
     }
-    table[i].granule = granule;
-    table[i].lost = 0;
-    __atomic_store_n(&table[i].end, (uintptr_t)start + span, __ATOMIC_RELEASE);
+    change(i, (uintptr_t)start + span, granule);
     int32_t seen = __atomic_load_n(&used, __ATOMIC_ACQUIRE);
     while (seen <= i && !__atomic_compare_exchange_n(&used, &seen, i + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
     }
@@ -100,7 +119,7 @@ int guard(void *start, size_t span, size_t granule) {
 
 /* Guard a range no more, before it is unmapped. */
 void unguard(int number) {
-  __atomic_store_n(&table[number].end, 0, __ATOMIC_RELEASE);
+  change(number, 0, 1);
   __atomic_store_n(&table[number].start, 0, __ATOMIC_RELEASE);
 }
 

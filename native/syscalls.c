@@ -139,7 +139,9 @@ static napi_value mmap_(napi_env env, const napi_value *args) {
   int64_t granule = to_long(env, args[6]);
   bool writable = false;
   napi_get_value_bool(env, args[5], &writable);
-  if (length <= 0 || span < length || align <= 0) return from_long(env, -EINVAL);
+  if (length <= 0 || span < length || align <= 0 || (align & (align - 1)) != 0) return from_long(env, -EINVAL);
+  /* What is lost is replaced from the start of a page on, which must not lie before the mapping. */
+  if (granule > align || (granule > 0 && (granule & (granule - 1)) != 0)) return from_long(env, -EINVAL);
 
   struct mapping *mapping = malloc(sizeof *mapping);
   if (mapping == NULL) return from_long(env, -ENOMEM);
@@ -158,12 +160,14 @@ static napi_value mmap_(napi_env env, const napi_value *args) {
     on_mapping_freed(env, NULL, mapping);
     return from_long(env, problem);
   }
-  /* A runtime that allows no memory of its own in an ArrayBuffer (Electron) refuses here. */
-  if (napi_create_external_arraybuffer(env, mapping->address, (size_t)length, on_mapping_freed, mapping, &buffer) !=
-      napi_ok) {
+  napi_status status =
+      napi_create_external_arraybuffer(env, mapping->address, (size_t)length, on_mapping_freed, mapping, &buffer);
+  if (status == napi_no_external_buffers_allowed) { /* a runtime that has only memory of its own, as Electron */
     on_mapping_freed(env, NULL, mapping);
     return from_long(env, -ENOTSUP);
   }
+  /* In any other failure, as of a thread that is being terminated, Node.js runs the finalizer itself. */
+  if (status != napi_ok) return from_long(env, -ENOMEM);
   if (napi_type_tag_object(env, buffer, &mapping_tag) != napi_ok ||
       napi_wrap(env, buffer, mapping, NULL, NULL, NULL) != napi_ok) {
     return from_long(env, -ENOMEM); /* unmapped when the ArrayBuffer is collected */

@@ -11,7 +11,8 @@ const root = dirname(dirname(script));
 const folder = join(root, "native");
 const files = readdirSync(folder).map((name) => join(folder, name));
 const sources = files.filter((path) => path.endsWith(".c"));
-const flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"];
+// Never unloaded, as the last worker thread that used it would have it: the handler of SIGBUS stays in it.
+const flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-Wl,-z,nodelete"];
 
 /** Where the addon of this platform belongs; src/sys/native.ts looks there. */
 export const addonPath = join(root, "prebuilds", `${process.platform}-${process.arch}.node`);

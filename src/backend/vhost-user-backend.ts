@@ -1,6 +1,6 @@
 /** A virtual disk that vhost-user front-ends connect to: one client after another. */
 
-import { statSync, unlinkSync } from "node:fs";
+import { rmSync, statSync, unlinkSync } from "node:fs";
 import { checkOptions, typeError, VirtioError } from "../errors.js";
 import { acceptUnix, closeFd, FdWatcher, listenUnix } from "../sys/index.js";
 import { BlkDevice } from "./blk-device.js";
@@ -95,8 +95,14 @@ export class VhostUserBackend {
     this.stats = new BackendStats(onError);
     this.path = path;
     this.#fd = listenUnix(path);
-    this.#inode = statSync(path).ino;
-    this.#watch();
+    try {
+      this.#inode = statSync(path).ino;
+      this.#watch();
+    } catch (error) {
+      closeFd(this.#fd);
+      rmSync(path, { force: true });
+      throw error;
+    }
   }
 
   /**

@@ -7,7 +7,7 @@ import { join } from "node:path";
 import test from "node:test";
 import { Worker } from "node:worker_threads";
 import { closeFd, createMemfd, mapShared, unmapShared } from "../../src/sys/index.js";
-import { collectGarbage, mappings, runChild, SYS, turn, turnUntil } from "./helpers.js";
+import { collectGarbage, mappings, NATIVE, runChild, SYS, turn, turnUntil } from "./helpers.js";
 
 const MIB = 2 ** 20;
 
@@ -200,4 +200,29 @@ test("a process ends well with memory still mapped", () => {
   `);
   assert.equal(child.signal, null);
   assert.equal(child.status, 7, child.stderr);
+});
+
+test("the addon stays loaded when the worker that loaded it ends, and SIGBUS handled", { timeout: 30_000 }, () => {
+  const child = runChild(`
+    import { readFileSync } from "node:fs";
+    import { Worker } from "node:worker_threads";
+    const code = \`
+      import { ftruncateSync } from "node:fs";
+      import { closeFd, mapShared, isLost } from ${JSON.stringify(SYS)};
+      import { native } from ${JSON.stringify(NATIVE)};
+      const fd = native().memfdCreate("shrunk", 0);
+      ftruncateSync(fd, 8192);
+      const buffer = mapShared(fd, 8192, { guarded: true });
+      ftruncateSync(fd, 0);
+      console.log(new Uint8Array(buffer)[4096], isLost(buffer));
+      closeFd(fd);
+    \`;
+    for (let i = 0; i < 2; i++) {
+      const worker = new Worker(new URL("data:text/javascript," + encodeURIComponent(code)));
+      await new Promise((resolve, reject) => worker.once("exit", resolve).once("error", reject));
+      const addon = process.env.VIRTIO_NATIVE_PATH ?? "/prebuilds/";
+      console.log(readFileSync("/proc/self/maps", "utf8").includes(addon));
+    }
+  `);
+  assert.equal(child.stdout, "0 true\ntrue\n0 true\ntrue\n", child.stderr);
 });

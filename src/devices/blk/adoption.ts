@@ -46,6 +46,7 @@ export function adoptQueues(port: unknown, options: AdoptOptions): Adopted {
   const setup: unknown = receiveMessageOnPort(port)?.message;
   if (!isSetup(setup)) throw typeError("port", "a port of handOver() that nobody has adopted", setup);
   const regions: MemoryRegion[] = [];
+  const started: VirtioBlkQueue[] = [];
   // Said before the news are read, while an opener that closes the device reads after it has said so: one of the two
   // sees the other's word.
   say(port, { type: "adopted" });
@@ -59,9 +60,13 @@ export function adoptQueues(port: unknown, options: AdoptOptions): Adopted {
     const memory = memoryOf(setup, config, regions);
     const control = new AdoptedControl(port, setup, memory.queues, regions);
     const { mode = setup.mode } = options;
-    memory.queues.forEach((queue, i) => queue.start(memory.notifiers[i], mode));
+    for (const [i, queue] of memory.queues.entries()) {
+      started.push(queue);
+      queue.start(memory.notifiers[i], mode);
+    }
     return { control, config, memory, options: { ...setup.options, mode } };
   } catch (error) {
+    for (const queue of started) queue.stop();
     for (const region of regions) region.close();
     say(port, { type: "returned", positions: setup.queues.map(({ position }) => position) });
     port.close();

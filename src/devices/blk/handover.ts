@@ -253,11 +253,21 @@ export class Handovers {
     handover.queues.forEach((queue, i) => {
       const position = positions[i];
       if (position === undefined) this.gone++;
-      else this.use(queue, position);
+      else this.useOrLose(queue, position);
     });
     // What is still in flight, in rings or by descriptors, keeps its memory until the device is closed.
     if (handover.queues.every((_, i) => positions[i] !== undefined)) handover.buffer.release();
     if (this.allBack) this.whenAllBack?.();
+  }
+
+  /** As {@link use}. Nobody who could be told waits for it: a queue that this thread cannot drive is the device's end. */
+  private useOrLose(queue: VirtioBlkQueue, position: number): void {
+    try {
+      this.use(queue, position);
+    } catch (error) {
+      if (!(error instanceof VirtioError)) throw error;
+      this.host.lose(error);
+    }
   }
 
   /** Drive a queue from this thread again. */
