@@ -115,6 +115,13 @@ describe("the virtio-blk device", () => {
     });
   }
 
+  it("BLK-DEV-21 names the mode that goes with FLUSH before features are agreed, for QEMU reads it then and never again", async (t) => {
+    const front = frontEndFor(t, backendFor(t).backend);
+    await front.must(VhostUserRequest.SET_OWNER);
+    await front.must(VhostUserRequest.SET_PROTOCOL_FEATURES, u64Codec.encode(ALL_PROTOCOL_FEATURES));
+    assert.equal((await config(front))[32], 1);
+  });
+
   it("BLK-DEV-21 the driver switches the cache mode, and discards and zeroes are flushed as well", async (t) => {
     const storage = new SlowStorage();
     t.after(() => storage.release());
