@@ -15,7 +15,7 @@ import {
 } from "../../src/protocol/index.js";
 import { VirtioFeature } from "../../src/virtqueue/index.js";
 import type { FrontEnd, Request } from "./front-end.js";
-import { GUEST, turns } from "./front-end.js";
+import { ALL_PROTOCOL_FEATURES, GUEST, turns } from "./front-end.js";
 import { SlowStorage, until } from "./slow-storage.js";
 import { backendFor, frontEndFor, pattern } from "./support.js";
 
