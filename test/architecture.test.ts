@@ -115,8 +115,8 @@ function roomOf(file: string): string {
   return file.replace(/\/.*/, "").replace(/\.ts$/, "");
 }
 
-/** Packages that the command needs: words of the command line, scales of charts. */
-const CLI_PACKAGES = ["commander", "d3-scale"];
+/** Packages that the command needs: words of the command line, scales of charts, the format of metrics. */
+const CLI_PACKAGES = ["commander", "d3-scale", "prom-client"];
 
 /** The library has no dependency; the pure rooms not even Node. */
 function packageAllowed(room: string, specifier: string): boolean {

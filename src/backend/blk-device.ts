@@ -84,7 +84,9 @@ export class BlkDevice {
         capacity: BigInt(this.sectors),
         segMax: SEG_MAX,
         blkSize: this.blockSize,
-        writeback: !this.writeThrough,
+        // A driver reads it after the negotiation, but QEMU before, and has its guest believe that: it is told the mode
+        // that goes with FLUSH. A guest without FLUSH is served in writethrough mode, whatever it believes.
+        writeback: this.features === 0n || !this.writeThrough,
         numQueues: this.queues,
         ...(has(BlkFeature.DISCARD) && { discard: { ...limits, alignment } }),
         ...(has(BlkFeature.WRITE_ZEROES) && { writeZeroes: { ...limits, mayUnmap: true } }),

@@ -15,7 +15,7 @@ import type { DescriptorChain } from "../virtqueue/device-chain.js";
 import type { DeviceMemory } from "../virtqueue/device-memory.js";
 import { type BlkDevice, MAX_SEGMENT_SECTORS, MAX_SEGMENTS } from "./blk-device.js";
 import { MemoryParts } from "./memory-parts.js";
-import type { BackendStats } from "./stats.js";
+import { type BackendQueueStats, type BackendStats, NO_STATUS, OTHER_TYPE } from "./stats.js";
 import type { BlockStorage } from "./storage.js";
 
 /** Returned by `execute` when the request is answered later. */
@@ -26,6 +26,8 @@ const HIGH = 2 ** 32;
 
 /** Where a request is answered that took its time. */
 export interface CompletionSink {
+  /** Where its requests are counted. */
+  readonly counts: BackendQueueStats;
   /** A request is being worked on. */
   begin(): void;
   /** It is done, its status is written. */
@@ -55,6 +57,8 @@ export class BlkExecutor {
   private readonly device: BlkDevice;
   private readonly memory: DeviceMemory;
   private readonly stats: BackendStats;
+  /** Where the request at hand is counted. */
+  private counts: BackendQueueStats;
   private readonly storage: BlockStorage;
   /** The storage again when it is asked without views; undefined otherwise. */
   private readonly direct: PartsStorage | undefined;
@@ -68,6 +72,7 @@ export class BlkExecutor {
     this.device = device;
     this.memory = memory;
     this.stats = stats;
+    this.counts = stats.queues[0];
     this.storage = device.storage;
     this.direct = takesParts(device.storage) ? device.storage : undefined;
     this.readOnly = device.storage.readOnly === true;
@@ -79,19 +84,27 @@ export class BlkExecutor {
    * @returns bytes written for the used entry, or {@link PENDING}: then `sink.complete` follows.
    */
   execute(chain: DescriptorChain, sink: CompletionSink): number {
-    this.stats.requests++;
+    this.counts = sink.counts;
     try {
       return this.begin(chain, sink);
     } catch (error) {
-      this.stats.failed(error);
+      this.stats.failed("storage", error);
       return this.answer(chain, BlkStatus.IOERR);
     }
   }
 
   private begin(chain: DescriptorChain, sink: CompletionSink): number {
     // Without a byte for the status nothing can be answered; the chain goes back as it came.
-    if (chain.writableBytes < BLK_STATUS_SIZE) return 0;
-    if (chain.readableBytes < BLK_HEADER_SIZE) return this.answer(chain, BlkStatus.IOERR);
+    const { taken, answered } = this.counts;
+    if (chain.writableBytes < BLK_STATUS_SIZE) {
+      taken[OTHER_TYPE]++;
+      answered[NO_STATUS]++;
+      return 0;
+    }
+    if (chain.readableBytes < BLK_HEADER_SIZE) {
+      taken[OTHER_TYPE]++;
+      return this.answer(chain, BlkStatus.IOERR);
+    }
     const header = this.header32;
     const first = chain.offset[0];
     if (chain.length[0] >= BLK_HEADER_SIZE && (first & 3) === 0) {
@@ -104,6 +117,7 @@ export class BlkExecutor {
       chain.read(this.memory, 0, this.header);
     }
     const sector = header[3] * HIGH + header[2];
+    taken[header[0] < OTHER_TYPE ? header[0] : OTHER_TYPE]++;
     switch (header[0]) {
       case BlkRequestType.IN:
         return this.read(chain, sector, sink);
@@ -127,7 +141,7 @@ export class BlkExecutor {
   private read(chain: DescriptorChain, sector: number, sink: CompletionSink): number {
     const length = chain.writableBytes - BLK_STATUS_SIZE;
     if (!this.isInside(sector, length)) return this.answer(chain, BlkStatus.IOERR);
-    this.stats.bytesRead += length;
+    this.counts.bytesRead += length;
     const { parts, direct } = this;
     this.find(chain, chain.readableCount, 0, length);
     const offset = sector * SECTOR_SIZE;
@@ -138,7 +152,7 @@ export class BlkExecutor {
   private write(chain: DescriptorChain, sector: number, sink: CompletionSink): number {
     const length = chain.readableBytes - BLK_HEADER_SIZE;
     if (this.readOnly || !this.isInside(sector, length)) return this.answer(chain, BlkStatus.IOERR);
-    this.stats.bytesWritten += length;
+    this.counts.bytesWritten += length;
     const { parts, direct } = this;
     this.find(chain, 0, BLK_HEADER_SIZE, length);
     const offset = sector * SECTOR_SIZE;
@@ -210,12 +224,14 @@ export class BlkExecutor {
     try {
       await work;
     } catch (error) {
-      this.stats.failed(error);
+      this.stats.failed("storage", error);
       memory[statusAt] = BlkStatus.IOERR;
+      sink.counts.answered[BlkStatus.IOERR]++;
       sink.complete(id, ringCount, answer.writtenByFailure);
       return;
     }
     memory[statusAt] = BlkStatus.OK;
+    sink.counts.answered[BlkStatus.OK]++;
     sink.complete(id, ringCount, answer.written);
   }
 
@@ -252,6 +268,7 @@ export class BlkExecutor {
   }
 
   private setStatus(chain: DescriptorChain, status: number): void {
+    this.counts.answered[status]++;
     const last = chain.count - 1;
     this.memory.bytes[chain.region[last]][chain.offset[last] + chain.length[last] - 1] = status;
   }

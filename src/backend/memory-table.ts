@@ -120,6 +120,16 @@ export class MemoryTable {
     return { buffer: this.regions[index].buffer, offset };
   }
 
+  /** Regions. */
+  get count(): number {
+    return this.regions.length;
+  }
+
+  /** Bytes of all regions. */
+  get bytes(): number {
+    return this.regions.reduce((sum, { buffer }) => sum + buffer.byteLength, 0);
+  }
+
   /** Whether the front-end took memory away that it had shared. */
   get isLost(): boolean {
     return this.regions.some(({ buffer }) => isLost(buffer));

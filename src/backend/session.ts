@@ -71,6 +71,12 @@ const REPLYING: ReadonlySet<number> = new Set([
 /** A reply of its own that a message has: the payload, and a descriptor to go with it, closed when it is sent. */
 type Reply = Uint8Array | { readonly payload: Uint8Array; readonly fd: number };
 
+/** How much memory a front-end shares. */
+export interface SharedMemory {
+  readonly regions: number;
+  readonly bytes: number;
+}
+
 /** What a {@link Session} is made from. */
 export interface SessionOptions {
   /** The connected socket; closed with the session. */
@@ -132,6 +138,12 @@ export class Session implements VringEvents {
     this.closed = end.then((error) => this.release(error));
   }
 
+  /** The memory that the front-end shares. */
+  get memory(): SharedMemory {
+    const { count, bytes } = this.context.memory;
+    return { regions: count, bytes };
+  }
+
   /** Let `change` the capacity while nothing is in flight, and tell the driver. */
   resize(change: () => Promise<void>): Promise<void> {
     return this.alone(async () => {
@@ -168,7 +180,7 @@ export class Session implements VringEvents {
   }
 
   private async release(error: unknown): Promise<void> {
-    if (error !== undefined) this.stats.failed(error);
+    if (error !== undefined) this.stats.failed("connection", error);
     await this.hold(this.rings);
     for (const ring of this.rings) ring.reset();
     this.channel?.close();
@@ -187,7 +199,7 @@ export class Session implements VringEvents {
       reply = await this.dispatch(message);
     } catch (error) {
       if (REPLYING.has(request) || !this.wantsAck(flags)) throw error;
-      this.stats.failed(error);
+      this.stats.failed("connection", error);
       refused = true;
     }
     if (reply instanceof Uint8Array) await this.connection.reply(request, reply);
@@ -384,7 +396,7 @@ export class Session implements VringEvents {
   private setChannel(message: Message): undefined {
     expectFds(message, 1);
     const acknowledged = this.has(VhostUserProtocolFeature.REPLY_ACK);
-    const channel = new BackChannel(message.fds[0], acknowledged, (error) => this.stats.failed(error));
+    const channel = new BackChannel(message.fds[0], acknowledged, (error) => this.stats.failed("connection", error));
     message.fds.pop();
     this.channel?.close();
     this.channel = channel;

@@ -3,6 +3,7 @@
 import type { DescriptorChain } from "../virtqueue/device-chain.js";
 import type { DeviceVirtqueue } from "../virtqueue/device.js";
 import type { InflightRecord } from "./inflight.js";
+import type { BackendQueueStats } from "./stats.js";
 
 /** What a ring of a session works on. */
 export type RingQueue = Omit<DeviceVirtqueue, "queueSize" | "pushBatch" | "refetch">;
@@ -11,10 +12,12 @@ export type RingQueue = Omit<DeviceVirtqueue, "queueSize" | "pushBatch" | "refet
 export class TrackedQueue implements RingQueue {
   private readonly queue: DeviceVirtqueue;
   private readonly record: InflightRecord;
+  private readonly counts: BackendQueueStats;
 
-  constructor(queue: DeviceVirtqueue, record: InflightRecord) {
+  constructor(queue: DeviceVirtqueue, record: InflightRecord, counts: BackendQueueStats) {
     this.queue = queue;
     this.record = record;
+    this.counts = counts;
   }
 
   get base(): number {
@@ -24,6 +27,7 @@ export class TrackedQueue implements RingQueue {
   pop(chain: DescriptorChain): boolean {
     if (this.record.waiting > 0) {
       this.record.refetch(this.queue, chain);
+      this.counts.replayed++;
       return true;
     }
     if (!this.queue.pop(chain)) return false;

@@ -2,9 +2,10 @@
 
 import { rmSync, statSync, unlinkSync } from "node:fs";
 import { checkOptions, typeError, VirtioError } from "../errors.js";
+import { SECTOR_SIZE } from "../protocol/blk.js";
 import { acceptUnix, closeFd, FdWatcher, listenUnix } from "../sys/index.js";
 import { BlkDevice } from "./blk-device.js";
-import { Session } from "./session.js";
+import { Session, type SharedMemory } from "./session.js";
 import { BackendStats } from "./stats.js";
 import type { BlockStorage } from "./storage.js";
 
@@ -92,7 +93,7 @@ export class VhostUserBackend {
     this.#queues = queues;
     this.#sealedMemory = sealedMemory;
     this.#inflight = inflight;
-    this.stats = new BackendStats(onError);
+    this.stats = new BackendStats(queues, onError);
     this.path = path;
     this.#fd = listenUnix(path);
     try {
@@ -113,6 +114,16 @@ export class VhostUserBackend {
    */
   static listen(options: VhostUserBackendOptions): VhostUserBackend {
     return new VhostUserBackend(options);
+  }
+
+  /** Bytes of the disk, as the driver is told. */
+  get capacity(): number {
+    return this.#device.sectors * SECTOR_SIZE;
+  }
+
+  /** The memory that the client of the moment shares; undefined while there is none. */
+  get clientMemory(): SharedMemory | undefined {
+    return this.#session?.memory;
   }
 
   /**
@@ -180,7 +191,7 @@ export class VhostUserBackend {
       this.#serve(fd);
       this.#unwatch();
     } catch (error) {
-      this.stats.failed(error);
+      this.stats.failed("connection", error);
       if (fd !== undefined) closeFd(fd);
       this.#unwatch();
       this.#retry = setTimeout(() => this.#watch(), ACCEPT_RETRY_MS);

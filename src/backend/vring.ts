@@ -15,7 +15,7 @@ import { PackedInflightRecord } from "./inflight-packed.js";
 import { SplitInflightRecord } from "./inflight-split.js";
 import type { MemoryTable } from "./memory-table.js";
 import type { Pollable } from "./poller.js";
-import type { BackendStats } from "./stats.js";
+import type { BackendQueueStats, BackendStats } from "./stats.js";
 import { type RingQueue, TrackedQueue } from "./tracked-queue.js";
 
 /** What a ring works with; the session exchanges it when memory or features change. */
@@ -56,6 +56,8 @@ const DEPTH_DECAY = 15 / 16;
 export class Vring implements Pollable, CompletionSink {
   /** Queue index. */
   readonly index: number;
+  /** What was done on this queue, for clients before as well. */
+  readonly counts: BackendQueueStats;
   /** Whether the front-end enabled it. */
   enabled = false;
 
@@ -87,6 +89,7 @@ export class Vring implements Pollable, CompletionSink {
   constructor(index: number, stats: BackendStats, events: VringEvents) {
     this.index = index;
     this.stats = stats;
+    this.counts = stats.queues[index];
     this.events = events;
   }
 
@@ -137,7 +140,10 @@ export class Vring implements Pollable, CompletionSink {
     const event = eventFrom(fd);
     try {
       if (this.queue === undefined) this.build(context, this.base);
-      const watcher = new FdWatcher(event.fd, { drain: true }, () => this.events.notified(this));
+      const watcher = new FdWatcher(event.fd, { drain: true }, () => {
+        this.counts.kicks++;
+        this.events.notified(this);
+      });
       this.closeKick();
       this.kick = { event, watcher };
     } catch (error) {
@@ -237,13 +243,13 @@ export class Vring implements Pollable, CompletionSink {
    * side works on the other, and neither waits.
    */
   process(): number {
-    const { queue, executor, chain, stats } = this;
+    const { queue, executor, chain, counts } = this;
     if (queue === undefined || executor === undefined || !this.runnable) return 0;
     const limit = Math.min(MAX_BATCH, Math.ceil(this.depth / 2));
-    const bytes = stats.bytesRead + stats.bytesWritten + BATCH_BYTES;
+    const bytes = counts.bytesRead + counts.bytesWritten + BATCH_BYTES;
     let count = 0;
     try {
-      while (count < limit && stats.bytesRead + stats.bytesWritten < bytes && queue.pop(chain)) {
+      while (count < limit && counts.bytesRead + counts.bytesWritten < bytes && queue.pop(chain)) {
         count++;
         const written = executor.execute(chain, this);
         // A request over memory that is gone had other data than the driver's: it must not count as done.
@@ -304,7 +310,7 @@ export class Vring implements Pollable, CompletionSink {
     }
     if (this.isLost()) return;
     if (this.queue?.publish() !== true || this.call === undefined) return;
-    this.stats.notifications++;
+    this.counts.notifications++;
     try {
       this.call.signal();
     } catch (error) {
@@ -342,7 +348,7 @@ export class Vring implements Pollable, CompletionSink {
       ...areas,
       ...(start !== undefined && { base: start }),
     });
-    this.queue = record === undefined ? queue : new TrackedQueue(queue, record);
+    this.queue = record === undefined ? queue : new TrackedQueue(queue, record, this.counts);
     this.record = record;
     this.buffers = [areas.descriptorArea.buffer, areas.driverArea.buffer, areas.deviceArea.buffer];
     this.executor = executor;
@@ -381,11 +387,11 @@ export class Vring implements Pollable, CompletionSink {
   /** Stop working on a ring that cannot be understood; the front-end hears of it by the error descriptor. */
   private breakDown(error: unknown): void {
     this.broken = true;
-    this.stats.failed(error);
+    this.stats.failed("ring", error);
     try {
       this.error?.signal();
     } catch (signalError) {
-      this.stats.failed(signalError);
+      this.stats.failed("ring", signalError);
     }
     this.events.broke();
   }

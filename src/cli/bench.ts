@@ -14,6 +14,7 @@ import {
   withDevice,
   withDeviceOptions,
 } from "./device.js";
+import { type MetricsFlags, openMetrics, withMetricsOption } from "./metrics-option.js";
 import { positiveNumber, seconds, size } from "./options.js";
 import { narrate } from "./terminal.js";
 
@@ -29,7 +30,7 @@ const WRITES = {
   write: "all",
 } as const satisfies Readonly<Record<string, WriteShare>>;
 
-interface BenchFlags extends DeviceFlags {
+interface BenchFlags extends DeviceFlags, MetricsFlags {
   readonly rw: keyof typeof WRITES;
   readonly bs: number;
   readonly iodepth: number;
@@ -46,34 +47,36 @@ interface BenchFlags extends DeviceFlags {
 /** The subcommand. */
 export const command = withConsentOption(
   withDeviceOptions(
-    new Command("bench")
-      .description("Measure a block device: requests a second, latency, processor time.")
-      .addArgument(addressArgument())
-      .addOption(
-        new Option("--rw <pattern>", "what to do; randrw reads and writes half and half")
-          .choices(Object.keys(WRITES))
-          .default("randread"),
-      )
-      .option("--bs <size>", "bytes of a request", size, 4096)
-      .option("--iodepth <n>", "requests in flight of each job", positiveNumber, 32)
-      .option("--numjobs <n>", "jobs, each with a queue and a part of the disk of its own", positiveNumber, 1)
-      .option("--runtime <seconds>", "how long to count; a ramp of 0.5 s comes before", seconds, 2)
-      .addOption(
-        new Option(
-          "--mode <mode>",
-          "poll burns a core and is fast; event sleeps; hybrid looks for a moment, then sleeps",
+    withMetricsOption(
+      new Command("bench")
+        .description("Measure a block device: requests a second, latency, processor time.")
+        .addArgument(addressArgument())
+        .addOption(
+          new Option("--rw <pattern>", "what to do; randrw reads and writes half and half")
+            .choices(Object.keys(WRITES))
+            .default("randread"),
         )
-          .choices(["poll", "hybrid", "event"])
-          .default("poll"),
-      )
-      .addOption(
-        new Option("--api <api>", "callback allocates nothing; promise is what most programs use")
-          .choices(["callback", "promise"])
-          .default("callback"),
-      )
-      .option("--verify", "mark what is written, and check all of it when it is read back")
-      .option("--json", "print the result as JSON")
-      .option("--svg <file>", "draw requests a second over time, and the latencies, to a file"),
+        .option("--bs <size>", "bytes of a request", size, 4096)
+        .option("--iodepth <n>", "requests in flight of each job", positiveNumber, 32)
+        .option("--numjobs <n>", "jobs, each with a queue and a part of the disk of its own", positiveNumber, 1)
+        .option("--runtime <seconds>", "how long to count; a ramp of 0.5 s comes before", seconds, 2)
+        .addOption(
+          new Option(
+            "--mode <mode>",
+            "poll burns a core and is fast; event sleeps; hybrid looks for a moment, then sleeps",
+          )
+            .choices(["poll", "hybrid", "event"])
+            .default("poll"),
+        )
+        .addOption(
+          new Option("--api <api>", "callback allocates nothing; promise is what most programs use")
+            .choices(["callback", "promise"])
+            .default("callback"),
+        )
+        .option("--verify", "mark what is written, and check all of it when it is read back")
+        .option("--json", "print the result as JSON")
+        .option("--svg <file>", "draw requests a second over time, and the latencies, to a file"),
+    ),
   ),
 )
   .addHelpText(
@@ -113,6 +116,7 @@ async function run(address: string, flags: BenchFlags): Promise<void> {
     rampMs: RAMP_MS,
     runMs: flags.runtime * 1000,
   };
+  await using page = await openMetrics(flags);
   await withQueues(address, flags, plan, async (disk) => {
     const [{ runBench }, { describePlan, toJson, toTable }, { showLive }, { Timeline }] = await Promise.all([
       import("./bench-run.js"),
@@ -122,8 +126,11 @@ async function run(address: string, flags: BenchFlags): Promise<void> {
     ]);
     const what = { address, rw, plan, info: disk.info };
     if (flags.json !== true) narrate(describePlan(what));
+    const metrics = page === undefined ? undefined : await import("./metrics-bench.js");
+    if (page !== undefined) metrics?.addDevice(page, disk);
     const timeline = new Timeline(plan.runMs);
     const watch = (progress: Progress): (() => void) => {
+      if (page !== undefined) metrics?.addProgress(page, progress, plan);
       const ends = [showLive(progress, plan.blockSize)];
       if (flags.svg !== undefined) ends.push(timeline.follow(progress));
       return () => ends.forEach((end) => end());

@@ -5,10 +5,12 @@ import type { StorageSpec, VhostUserBackend } from "../backend/index.js";
 import { VirtioError } from "../errors.js";
 import { parseSize } from "../size.js";
 import { formatBytes } from "./format.js";
+import { type MetricsFlags, openMetrics, withMetricsOption } from "./metrics-option.js";
+import { addBackend } from "./metrics-serve.js";
 import { positiveNumber, size } from "./options.js";
 import { narrate } from "./terminal.js";
 
-interface ServeFlags {
+interface ServeFlags extends MetricsFlags {
   readonly socket: string;
   readonly readOnly?: true;
   readonly queues: number;
@@ -18,15 +20,17 @@ interface ServeFlags {
 }
 
 /** The subcommand. */
-export const command = new Command("serve")
-  .description("Serve a virtual disk to vhost-user front-ends: this library, QEMU, others.")
-  .addArgument(new Argument("<storage>", "what the disk is made of: ram:SIZE or file:PATH"))
-  .requiredOption("--socket <path>", "where to listen; a stale socket there is replaced")
-  .option("--read-only", "refuse requests that change the disk")
-  .option("--queues <n>", "request queues, 1 to 256", positiveNumber, 1)
-  .addOption(new Option("--packed", "offer packed virtqueues beside split ones (default)").conflicts("split"))
-  .addOption(new Option("--split", "offer split virtqueues only"))
-  .option("--block-size <size>", "block size: a power of two from 512 to 64K", size, 512)
+export const command = withMetricsOption(
+  new Command("serve")
+    .description("Serve a virtual disk to vhost-user front-ends: this library, QEMU, others.")
+    .addArgument(new Argument("<storage>", "what the disk is made of: ram:SIZE or file:PATH"))
+    .requiredOption("--socket <path>", "where to listen; a stale socket there is replaced")
+    .option("--read-only", "refuse requests that change the disk")
+    .option("--queues <n>", "request queues, 1 to 256", positiveNumber, 1)
+    .addOption(new Option("--packed", "offer packed virtqueues beside split ones (default)").conflicts("split"))
+    .addOption(new Option("--split", "offer split virtqueues only"))
+    .option("--block-size <size>", "block size: a power of two from 512 to 64K", size, 512),
+)
   .addHelpText(
     "after",
     `
@@ -36,13 +40,15 @@ over the size that the file has by then, and tells the driver: truncate -s 2G di
 Examples:
   virtio serve ram:64M --socket /run/disk.sock
   virtio serve file:disk.img --socket /run/disk.sock --queues 4
-  virtio serve file:golden.img --socket /run/disk.sock --read-only --split`,
+  virtio serve file:golden.img --socket /run/disk.sock --read-only --split
+  virtio serve ram:1G --socket /run/disk.sock --metrics 9100`,
   )
   .action(run);
 
 async function run(address: string, flags: ServeFlags): Promise<void> {
   const readOnly = flags.readOnly === true;
   const spec = parseStorage(address, readOnly);
+  await using page = await openMetrics(flags);
   const { openStorage, serveUntilSignal, VhostUserBackend } = await import("../backend/index.js");
   const storage = Object.assign(openStorage(spec), { readOnly });
   let backend: VhostUserBackend;
@@ -56,6 +62,7 @@ async function run(address: string, flags: ServeFlags): Promise<void> {
     await storage.close?.();
     throw error;
   }
+  if (page !== undefined) addBackend(page, backend);
   const stopped = serveUntilSignal(backend, (error) => {
     if (error === undefined) narrate(`the disk has ${formatBytes(storage.capacity)} now`);
     else narrate(`virtio serve: ${reasonOf(error)}; the disk keeps its size`);

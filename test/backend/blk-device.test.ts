@@ -15,7 +15,7 @@ import {
 } from "../../src/protocol/index.js";
 import { VirtioFeature } from "../../src/virtqueue/index.js";
 import type { FrontEnd, Request } from "./front-end.js";
-import { GUEST, turns } from "./front-end.js";
+import { ALL_PROTOCOL_FEATURES, GUEST, turns } from "./front-end.js";
 import { SlowStorage, until } from "./slow-storage.js";
 import { backendFor, frontEndFor, pattern } from "./support.js";
 
@@ -114,6 +114,13 @@ describe("the virtio-blk device", () => {
       assert.equal(storage.calls.length, 0);
     });
   }
+
+  it("BLK-DEV-21 names the mode that goes with FLUSH before features are agreed, for QEMU reads it then and never again", async (t) => {
+    const front = frontEndFor(t, backendFor(t).backend);
+    await front.must(VhostUserRequest.SET_OWNER);
+    await front.must(VhostUserRequest.SET_PROTOCOL_FEATURES, u64Codec.encode(ALL_PROTOCOL_FEATURES));
+    assert.equal((await config(front))[32], 1);
+  });
 
   it("BLK-DEV-21 the driver switches the cache mode, and discards and zeroes are flushed as well", async (t) => {
     const storage = new SlowStorage();

@@ -14,6 +14,7 @@ import {
 } from "../../src/backend/inflight.js";
 import { PackedInflightRecord } from "../../src/backend/inflight-packed.js";
 import { SplitInflightRecord } from "../../src/backend/inflight-split.js";
+import { BackendQueueStats } from "../../src/backend/stats.js";
 import { TrackedQueue } from "../../src/backend/tracked-queue.js";
 import { DescriptorChain, DeviceMemory, DeviceVirtqueue, VirtioFeature } from "../../src/virtqueue/index.js";
 import {
@@ -35,6 +36,7 @@ type Driver = SplitDriver | PackedDriver;
 /** A back-end on the memory of a ring and on a region; `watch` hands on views that see each store. */
 class BackEnd {
   readonly record: InflightRecord;
+  readonly counts = new BackendQueueStats(0);
   readonly queue: TrackedQueue;
   readonly memory = new DeviceMemory();
 
@@ -57,7 +59,7 @@ class BackEnd {
     this.memory.add(DATA, new ArrayBuffer(0x1000));
     const features = INDIRECT_DESC | EVENT_IDX | (format === "packed" ? RING_PACKED : 0n);
     const options = { queueSize: place.size, features, memory: this.memory, ...areas, base: this.record.base };
-    this.queue = new TrackedQueue(new DeviceVirtqueue(options), this.record);
+    this.queue = new TrackedQueue(new DeviceVirtqueue(options), this.record, this.counts);
   }
 }
 

@@ -79,6 +79,25 @@ test("percentiles are at most 1/64 too long, never too short; count, mean, min a
   );
 });
 
+test("counts up to a bound have every duration that is 1/64 shorter, and none that is longer", () => {
+  const durations = fc.array(fc.oneof(fc.nat(300), fc.nat(1e6), fc.nat(2 ** 31 - 1)), { maxLength: 300 });
+  const bounds = fc.array(fc.nat(2 ** 31), { minLength: 1, maxLength: 20 });
+  fc.assert(
+    fc.property(durations, bounds, (values, unsorted) => {
+      const histogram = new LatencyHistogram();
+      for (const value of values) histogram.record(value);
+      const sorted = unsorted.toSorted((a, b) => a - b);
+      for (const [i, count] of histogram.upTo(sorted).entries()) {
+        const most = values.filter((value) => value <= sorted[i]).length;
+        const least = values.filter((value) => value + value / 64 < sorted[i]).length;
+        assert.ok(count >= least && count <= most, `${count} up to ${sorted[i]}, expected ${least} to ${most}`);
+      }
+      const total = values.reduce((sum, value) => sum + value, 0);
+      assert.deepEqual([histogram.total, histogram.upTo([2 ** 31])], [total, [values.length]]);
+    }),
+  );
+});
+
 test("counts since a sum are those recorded after it, and leave the sum alone", () => {
   const histogram = new LatencyHistogram();
   for (let i = 0; i < 100; i++) histogram.record(1000);
