@@ -1,5 +1,6 @@
 /** How devices end that were lost, or that nobody closed: these are noticed by the collector, told, and closed. */
 
+import { publish } from "../../diagnostics.js";
 import { VirtioError } from "../../errors.js";
 import type { BlkConfig } from "../../protocol/blk.js";
 import type { BlkControl } from "./negotiate.js";
@@ -20,10 +21,11 @@ export interface Remains {
 
 /** What the transport, the scheduler and another thread tell a device `D`. */
 export interface DeviceCalls<D> {
-  readonly lose: (device: D, error: unknown) => void;
+  readonly lose: (device: D, error: unknown, queue?: number) => void;
   readonly refresh: (device: D) => void;
+  readonly look: (device: D) => Promise<void>;
   readonly configure: (device: D, latest: BlkConfig, isChanged: boolean) => void;
-  readonly closing: (device: D, error: VirtioError) => void;
+  readonly closing: (device: D, error: VirtioError, timeout: number) => void;
 }
 
 const registry = new FinalizationRegistry<Remains>((remains) => void closeRemains(remains));
@@ -46,17 +48,19 @@ export function keepFor(part: object, device: object): void {
 }
 
 /**
- * A callback that does not keep `target` from being collected, and does nothing when it was. `call` must not stand in
+ * A callback that does not keep `target` from being collected, and calls `gone` when it was. `call` must not stand in
  * a function that has closures over the target: closures of one function share what they keep.
  */
 export function weakly<T extends object, A extends unknown[]>(
   target: T,
   call: (target: T, ...rest: A) => void,
+  gone: () => void = () => {},
 ): (...rest: A) => void {
   const reference = new WeakRef(target);
   return (...rest) => {
     const found = reference.deref();
-    if (found !== undefined) call(found, ...rest);
+    if (found === undefined) gone();
+    else call(found, ...rest);
   };
 }
 
@@ -86,6 +90,7 @@ async function closeRemains({ transport, scheduler, queues }: Remains): Promise<
     warn(`${address} was dropped and could not be closed well: ${String(error)}`);
   }
   scheduler.fail(closed);
+  publish("virtio:device:close", { address, dropped: true });
 }
 
 function warn(message: string): void {

@@ -118,6 +118,8 @@ export class VirtioBlkQueue {
   private readonly pacer = new PollPacer();
   private notifier: QueueNotifier | undefined = undefined;
   private isReported = false;
+  private submitted = 0;
+  private kicks = 0;
 
   /** Bytes of device memory that a queue needs, 16-aligned; see `VirtioBlkQueueOptions.memory`. */
   static bytesNeeded(options: Pick<VirtioBlkQueueOptions, "queueSize" | "features" | "limits">): number {
@@ -164,6 +166,12 @@ export class VirtioBlkQueue {
   /** Where the queue stands, for another one to go on with its memory; undefined while requests are in flight. */
   get position(): number | undefined {
     return this.queue.position;
+  }
+
+  /** What was counted since the queue was made. */
+  get counters(): Record<"submitted" | "completed" | "kicks" | "wakeUps" | "replayed", number> {
+    const { submitted, kicks } = this;
+    return { submitted, completed: submitted - this.inFlight, kicks, wakeUps: 0, replayed: 0 };
   }
 
   /** Whether not even a request with one data element fits now. */
@@ -255,7 +263,10 @@ export class VirtioBlkQueue {
 
   /** Make all submitted requests visible to the device and notify it if it wants that. */
   kick(): void {
-    if (this.queue.publish()) this.notifier?.notify(this.queue.notificationData);
+    if (this.queue.publish()) {
+      this.kicks++;
+      this.notifier?.notify(this.queue.notificationData);
+    }
     this.watch.kicked();
   }
 
@@ -352,6 +363,7 @@ export class VirtioBlkQueue {
     // No device answers 0xff: a status that was never written cannot look like success.
     this.bytes[slot * REQUEST_SIZE + STATUS_OFFSET] = UNWRITTEN;
     this.types[slot] = type;
+    this.submitted++;
   }
 
   private returnBuffers(slot: number): void {

@@ -7,6 +7,7 @@ import type { NextRequest, Operation, Part } from "./operation.js";
 import type { CompletionMode } from "../completion.js";
 import type { VirtioBlkQueue } from "./queue.js";
 import { blkError } from "./status.js";
+import { ErrorTally } from "./tally.js";
 
 /** What a read resolves to. */
 export interface ReadResult<M> {
@@ -74,8 +75,12 @@ export class Scheduler {
   private readonly slots: Slots[];
   private readonly taken: VirtioBlkQueue[] = [];
   private readonly bounce: BufferPool;
-  private readonly lose: (error: VirtioError) => void;
-  private readonly waiting: Operation[] = [];
+  private readonly lose: (error: VirtioError, queue?: number) => void;
+  /** Failures of requests, and of operations that waited. */
+  readonly errors = new ErrorTally();
+  private waiting: Operation[] = [];
+  /** Some that wait are settled, and wait for nothing. */
+  private hasSettled = false;
   private readonly take = (length: number): DeviceBuffer | undefined => this.bounce.tryAllocate(length);
   private readonly flushLater = (): void => this.flush();
   private turn = 0;
@@ -87,9 +92,13 @@ export class Scheduler {
 
   /**
    * @param bounce - memory for callers whose own the device cannot reach.
-   * @param lose - called when a queue cannot go on; expected to call {@link fail}.
+   * @param lose - called when a queue cannot go on, with its index; expected to call {@link fail}.
    */
-  constructor(queues: readonly VirtioBlkQueue[], bounce: BufferPool, lose: (error: VirtioError) => void) {
+  constructor(
+    queues: readonly VirtioBlkQueue[],
+    bounce: BufferPool,
+    lose: (error: VirtioError, queue?: number) => void,
+  ) {
     this.bounce = bounce;
     this.lose = lose;
     this.slots = queues.map((queue) => this.attach(queue));
@@ -170,11 +179,13 @@ export class Scheduler {
   /** Reap completions on all queues and go on with what waits. Returns how many requests completed. */
   poll(): number {
     let count = 0;
-    try {
-      for (const slots of this.slots) count += slots.queue.poll();
-    } catch (error) {
-      this.lose(asFatal(error));
-      throw error;
+    for (const { queue } of this.slots) {
+      try {
+        count += queue.poll();
+      } catch (error) {
+        this.lose(asFatal(error), queue.index);
+        throw error;
+      }
     }
     if (this.flushScheduled) this.flush();
     return count;
@@ -228,10 +239,46 @@ export class Scheduler {
     for (const { queue } of this.slots) queue.mode = mode;
   }
 
+  /** Calls in the line: they wait for room. */
+  get waitingCalls(): number {
+    return this.waiting.length;
+  }
+
+  /** Nobody waits for an operation any more: it rejects with `error`; what is in flight of it comes back later. */
+  giveUp(operation: Operation, error: unknown): void {
+    if (operation.settled) return;
+    if (operation.outstanding === 0) this.errors.count(undefined, error);
+    else {
+      for (const { queue, part } of this.slots) {
+        const parts = part.reduce((sum, each) => (each?.operation === operation ? sum + 1 : sum), 0);
+        this.errors.count(queue.index, error, parts);
+      }
+    }
+    operation.abort(error);
+    this.hasSettled = true;
+    this.scheduleFlush();
+  }
+
+  /** Refuse what waits for bytes that the disk does not have any more. */
+  refuseBeyond(capacity: number): void {
+    for (const operation of this.waiting) {
+      if (operation.refuseBeyond(capacity)) this.hasSettled = true;
+    }
+    if (this.hasSettled) this.scheduleFlush();
+  }
+
+  /** Requests in flight on a queue that nobody waits for. */
+  abandoned(queue: VirtioBlkQueue): number {
+    if (this.fatal !== undefined) return queue.inFlight;
+    const slots = this.slots.find((each) => each.queue === queue);
+    return slots?.part.filter((part) => part?.operation.settled === true).length ?? 0;
+  }
+
   /** End everything with `error`: what is in flight, what waits, and what comes later. */
   fail(error: VirtioError): void {
     if (this.fatal !== undefined) return;
     this.fatal = error;
+    this.countLost(error);
     for (const slots of this.slots) {
       slots.queue.fail(error);
       for (let slot = 0; slot < slots.queue.queueSize; slot++) {
@@ -254,7 +301,7 @@ export class Scheduler {
   private attach(queue: VirtioBlkQueue): Slots {
     const slots = new Slots(queue);
     queue.onComplete = (slot, status, written) => this.complete(slots, slot, status, written);
-    queue.onError = (error) => this.lose(asFatal(error));
+    queue.onError = (error) => this.lose(asFatal(error), queue.index);
     return slots;
   }
 
@@ -279,14 +326,14 @@ export class Scheduler {
       const length = slots.length[slot];
       slots.resolve[slot] = undefined;
       slots.buffer[slot] = undefined;
-      if (status !== 0) slots.reject[slot](blkError(slots.queue.requestType(slot), status));
+      if (status !== 0) slots.reject[slot](this.failed(slots.queue, slot, status));
       else if (slots.queue.requestType(slot) === BlkRequestType.OUT) resolve({ bytesWritten: length, buffer });
       // The status is the last byte that the device writes; what it does not account for is not delivered.
       else resolve({ bytesRead: written > length ? length : Math.max(0, written - 1), buffer });
     } else {
       const part = slots.part[slot] as Part;
       slots.part[slot] = undefined;
-      part.operation.partDone(part, status, written);
+      part.operation.partDone(part, status === 0 ? undefined : this.failed(slots.queue, slot, status), written);
     }
     this.outstanding--;
     if (this.waiting.length > 0) this.scheduleFlush();
@@ -303,6 +350,7 @@ export class Scheduler {
   private flush(): void {
     this.flushScheduled = false;
     if (this.fatal !== undefined) return;
+    if (this.hasSettled) this.dropSettled();
     try {
       while (this.waiting.length > 0 && this.submitNext(this.waiting[0])) {
         if (this.waiting[0].allSubmitted) this.waiting.shift();
@@ -350,6 +398,30 @@ export class Scheduler {
       operation.abort(error);
       return REFUSED;
     }
+  }
+
+  private failed(queue: VirtioBlkQueue, slot: number, status: number): VirtioError {
+    const error = blkError(queue.requestType(slot), status);
+    this.errors.count(queue.index, error);
+    return error;
+  }
+
+  /** Count what `error` ends. */
+  private countLost(error: VirtioError): void {
+    for (const { queue, resolve, part } of this.slots) {
+      let lost = 0;
+      for (let slot = 0; slot < queue.queueSize; slot++) {
+        if (resolve[slot] !== undefined || part[slot]?.operation.settled === false) lost++;
+      }
+      this.errors.count(queue.index, error, lost);
+    }
+    const unsent = this.waiting.filter(({ settled, outstanding }) => !settled && outstanding === 0);
+    this.errors.count(undefined, error, unsent.length);
+  }
+
+  private dropSettled(): void {
+    this.hasSettled = false;
+    this.waiting = this.waiting.filter(({ settled }) => !settled);
   }
 
   private becameIdle(): void {
