@@ -185,7 +185,9 @@ export function startStorageDaemon(folder: TemporaryFolder, options: StorageDaem
 
 /** Whether a client of the socket at `path` was accepted: a connected socket (SS_CONNECTED) that has an inode. */
 export function hasClient(path: string): boolean {
-  return socketsAt(path).some(([, , , flags, , state, inode]) => flags === "00000000" && state === "03" && inode !== "0");
+  return socketsAt(path).some(
+    ([, , , flags, , state, inode]) => flags === "00000000" && state === "03" && inode !== "0",
+  );
 }
 
 /** Whether a socket accepts connections (__SO_ACCEPTCON in the flags of /proc/net/unix), without making one. */

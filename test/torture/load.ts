@@ -174,7 +174,11 @@ export class Load {
     const reading = ledger.beginReading(position, length, bytes);
     const { bytesRead } = await this.call("read", what, () => disk.read(memory, { position, offset, length }));
     checkCount(what, length, bytesRead);
-    ledger.endReading(reading, bytes, memory instanceof Uint8Array ? "a read into plain memory" : "a read into lent memory");
+    ledger.endReading(
+      reading,
+      bytes,
+      memory instanceof Uint8Array ? "a read into plain memory" : "a read into lent memory",
+    );
   }
 
   private async write(worker: Worker): Promise<void> {

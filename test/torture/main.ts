@@ -66,7 +66,8 @@ oneOf("format", ["split", "packed"]);
 const seed = whole("seed", randomInt(2 ** 32));
 const kills = whole("kills", DEFAULT_KILLS);
 const variants = VARIANTS.filter(isWanted);
-if (variants.length === 0) throw new Error("there is no such variant: qemu-storage-daemon is split, without INFLIGHT_SHMFD");
+if (variants.length === 0)
+  throw new Error("there is no such variant: qemu-storage-daemon is split, without INFLIGHT_SHMFD");
 
 for (const variant of variants) {
   const begin = performance.now();

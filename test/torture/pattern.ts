@@ -55,7 +55,12 @@ export function isMixOf(found: Uint8Array, seed: number, sector: number, generat
  *
  * @param generations - what may stand there, or stood there before.
  */
-export function describeStrange(found: Uint8Array, seed: number, sector: number, generations: readonly number[]): string {
+export function describeStrange(
+  found: Uint8Array,
+  seed: number,
+  sector: number,
+  generations: readonly number[],
+): string {
   if (found.every((byte) => byte === UNDELIVERED)) return "nothing was delivered: the buffer is as it was before";
   const words = wordsOf(found.slice());
   const [magic, generation, place, check] = words;
@@ -65,7 +70,9 @@ export function describeStrange(found: Uint8Array, seed: number, sector: number,
     }
     if (place === sector) return tornAfter(found, seed, sector, generation, generations);
   }
-  const beginsLike = generations.find((each) => sectorOf(seed, each, sector).every((byte, i) => i >= 16 || byte === found[i]));
+  const beginsLike = generations.find((each) =>
+    sectorOf(seed, each, sector).every((byte, i) => i >= 16 || byte === found[i]),
+  );
   if (beginsLike !== undefined) return tornAfter(found, seed, sector, beginsLike, generations);
   return `invented: no write has these bytes, ${Buffer.from(found.subarray(0, 16)).toString("hex")}…`;
 }
@@ -79,7 +86,9 @@ function tornAfter(
 ): string {
   const own = sectorOf(seed, generation, sector);
   const from = found.findIndex((byte, i) => byte !== own[i]);
-  const rest = generations.find((each) => sectorOf(seed, each, sector).every((byte, i) => i < from || byte === found[i]));
+  const rest = generations.find((each) =>
+    sectorOf(seed, each, sector).every((byte, i) => i < from || byte === found[i]),
+  );
   const what = rest === undefined ? "bytes of no write" : nameOf(rest);
   return `torn: ${nameOf(generation)} up to byte ${from}, then ${what}`;
 }

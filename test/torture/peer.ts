@@ -31,7 +31,11 @@ export function nameOfVariant({ peer, packed, inflight }: Variant): string {
 }
 
 /** Start a back-end of this variant on `image`, with its socket in `folder`. */
-export function startPeer({ peer, packed, inflight }: Variant, folder: TemporaryFolder, image: string): Promise<Daemon> {
+export function startPeer(
+  { peer, packed, inflight }: Variant,
+  folder: TemporaryFolder,
+  image: string,
+): Promise<Daemon> {
   const format = packed ? "packed" : "split";
   if (peer === "qsd") {
     const blockdev = `driver=file,filename=${image},cache.direct=off,discard=unmap`;

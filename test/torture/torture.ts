@@ -245,7 +245,9 @@ class Run {
   private describe(): string {
     const { report, disk, daemon } = this;
     const device =
-      disk === undefined ? "no device is open" : `mode ${disk.mode}, ${disk.info.queues} queues of ${disk.info.queueSize}`;
+      disk === undefined
+        ? "no device is open"
+        : `mode ${disk.mode}, ${disk.info.queues} queues of ${disk.info.queueSize}`;
     return (
       `  ${device}, ${this.isConnected ? "connected" : `away, attempt ${this.attempt}`}, ${disk?.pending ?? 0} pending\n` +
       `  after kill ${report.kills} of device ${report.devices}, ${report.reconnects} reconnects, ` +

@@ -1,5 +1,6 @@
 /** How a block device goes on when another back-end has taken the place of the one that it was opened on. */
 
+import { publish } from "../../diagnostics.js";
 import { VirtioError } from "../../errors.js";
 import { BLK_CONFIG_WRITEBACK_OFFSET, type BlkConfig, BlkFeature } from "../../protocol/blk.js";
 import type { Recovery, ReturnedDevice, VirtioTransport } from "../../transports/transport.js";
@@ -38,6 +39,7 @@ export interface RecoveryCalls {
 
 /** What a {@link BlkRecovery} works on. */
 export interface RecoveryParts {
+  readonly address: string;
   readonly features: bigint;
   readonly options: OpenBlockOptions;
   readonly queues: readonly VirtioBlkQueue[];
@@ -52,14 +54,13 @@ export interface RecoveryParts {
  * requests are submitted again in the order of their submission.
  */
 export class BlkRecovery implements Recovery {
-  /** Times that another back-end took over. */
-  count = 0;
   /** Whether the back-end is gone, and tried to be reached. */
   isAway = false;
   /** The config space as the device has it. */
   config: BlkConfig;
   private readonly parts: RecoveryParts;
   private outcome: Omit<ReconnectOutcome, "attempts"> = { replayed: 0, tracked: false, unflushed: 0 };
+  private replayed: readonly number[] = [];
   private latest: BlkConfig;
 
   constructor(config: BlkConfig, parts: RecoveryParts) {
@@ -94,17 +95,22 @@ export class BlkRecovery implements Recovery {
     this.latest = config;
     const bases = queues.map((queue) => queue.settle());
     const { tracked } = device;
-    const replayed = queues.reduce((sum, queue) => sum + (tracked ? queue.inFlight : scheduler.replay(queue)), 0);
+    this.replayed = queues.map((queue) => (tracked ? queue.inFlight : scheduler.replay(queue)));
+    const replayed = this.replayed.reduce((sum, count) => sum + count, 0);
     const isCached = (features & BlkFeature.FLUSH) !== 0n && config.writeback !== false;
     this.outcome = { replayed, tracked, unflushed: isCached ? scheduler.unflushed : 0 };
     return tracked ? bases : bases.map(() => undefined);
   }
 
   reconnected(attempts: number): void {
-    this.count++;
     this.isAway = false;
-    this.parts.calls.reconnected(this.latest, { ...this.outcome, attempts });
-    for (const queue of this.parts.queues) queue.goOn();
+    const { address, calls, queues } = this.parts;
+    const { tracked } = this.outcome;
+    queues.forEach(({ index }, i) => {
+      publish("virtio:queue:replay", { address, queue: index, replayed: this.replayed[i], tracked });
+    });
+    calls.reconnected(this.latest, { ...this.outcome, attempts });
+    for (const queue of queues) queue.goOn();
   }
 
   /** Requests in flight were made for the bounds that the device had. */
