@@ -3,7 +3,7 @@
 import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../errors.js";
 import { IovaSpace, MemoryRegion } from "../memory/index.js";
 import { EventFd, FdWatcher } from "../sys/index.js";
-import type { QueueNotifier, QueueSetup, VirtioTransport, WaitOptions } from "../transports/transport.js";
+import type { QueueNotifier, QueueSetup, Recovery, VirtioTransport, WaitOptions } from "../transports/transport.js";
 import { DeviceMemory } from "../virtqueue/device-memory.js";
 import { VirtioFeature } from "../virtqueue/features.js";
 import { checkQueueSize, VirtqueueLayout } from "../virtqueue/layout.js";
@@ -63,8 +63,8 @@ export class FakeQueue {
   readonly index: number;
   /** What the driver said of the queue. */
   readonly setup: QueueSetup;
-  /** The device's half of the ring. */
-  readonly device: FakeDevice;
+  /** The device's half of the ring; another one when a new device took the place of the one before. */
+  device: FakeDevice;
   /** The value of each notification that the driver sent. */
   readonly notifications: number[] = [];
 
@@ -153,6 +153,8 @@ export class FakeTransport implements VirtioTransport {
   readonly maxQueueSize: number;
   readonly maxRegions: number;
   readonly hasConfig: boolean;
+  readonly reconnects = true;
+  recovery: Recovery | undefined = undefined;
   onConfigChange: (() => void) | undefined = undefined;
 
   /** Everything that the driver did, in order. */
@@ -178,6 +180,7 @@ export class FakeTransport implements VirtioTransport {
   private accepted: bigint | undefined = undefined;
   private ended: Error | undefined = undefined;
   private told = false;
+  private isAway = false;
   private lost: ((error: Error) => void) | undefined;
 
   constructor(options: FakeTransportOptions = {}) {
@@ -287,6 +290,46 @@ export class FakeTransport implements VirtioTransport {
     this.end(error);
   }
 
+  /**
+   * The device is gone, and may come back: until {@link comeBack} nobody answers. A driver that does not go on with
+   * another device loses it.
+   */
+  disconnect(): void {
+    const error = new VirtioError("ERR_VIRTIO_DISCONNECTED", `${this.address} is gone for now`);
+    if (this.recovery?.disconnected(error) !== true) this.end(error);
+    this.isAway = true;
+  }
+
+  /**
+   * Another device takes the place of the one that is gone.
+   *
+   * @param options.tracked - it knows what that one had taken from the rings, and holds it.
+   * @param options.leaves - it is gone again before its queues run.
+   * @throws what the driver has against it; the device is lost then.
+   */
+  async comeBack(options: { readonly tracked?: boolean; readonly leaves?: boolean } = {}): Promise<void> {
+    checkOptions("comeBack", options, ["tracked", "leaves"]);
+    const { tracked = false, leaves = false } = options;
+    const { address, hasConfig, recovery } = this;
+    if (!this.isAway || recovery === undefined) throw wrongOrder("the device is not gone; disconnect it first");
+    recovery.reconnecting(1, 0);
+    try {
+      await recovery.restart({
+        ...{ address, hasConfig, tracked },
+        readConfig: (offset, length) => this.readConfig(offset, length),
+        writeConfig: (offset, bytes) => this.writeConfig(offset, bytes),
+      });
+    } catch (error) {
+      this.end(new VirtioError("ERR_VIRTIO_DISCONNECTED", `${address} came back as another device`, { cause: error }));
+      throw error;
+    }
+    if (!tracked) for (const queue of this.queues) queue.device = this.deviceFor(queue.setup);
+    if (leaves) return;
+    this.isAway = false;
+    recovery.reconnected(1);
+    for (const queue of this.queues) queueMicrotask(() => this.serve(queue));
+  }
+
   /** The device changes its config space from byte `offset` on, and says so. */
   changeConfig(bytes: Uint8Array, offset = 0): void {
     this.config.set(bytes, offset);
@@ -310,26 +353,8 @@ export class FakeTransport implements VirtioTransport {
   }
 
   private start(setup: QueueSetup): QueueNotifier {
-    const { index, size, descriptorArea, driverArea, deviceArea } = setup;
-    const packed = (this.features & VirtioFeature.RING_PACKED) !== 0n;
-    if (checkQueueSize(size, packed) > this.maxQueueSize) {
-      throw rangeError("size", `at most ${this.maxQueueSize}`, size);
-    }
-    const layout = new VirtqueueLayout({ queueSize: size, features: this.features });
-    if (
-      driverArea !== descriptorArea + layout.driverAreaOffset ||
-      deviceArea !== descriptorArea + layout.deviceAreaOffset
-    ) {
-      throw rangeError("queue", "its areas one behind the other, as in VirtqueueLayout", descriptorArea);
-    }
-    const region = [...this.regions].find(({ iova, size: bytes }) => {
-      return descriptorArea >= iova && descriptorArea + layout.endOffset <= iova + bytes;
-    });
-    if (region === undefined) throw rangeError("descriptorArea", "memory of mapMemory", descriptorArea);
-    const device = new FakeDevice({
-      ...{ layout, buffer: region.buffer, offset: descriptorArea - region.iova, iova: descriptorArea },
-      ...{ features: this.features, memory: this.memory },
-    });
+    const { index } = setup;
+    const device = this.deviceFor(setup);
     const completion = EventFd.create();
     const kick = EventFd.create();
     const queue = new FakeQueue(setup, device, completion);
@@ -352,8 +377,30 @@ export class FakeTransport implements VirtioTransport {
     };
   }
 
+  private deviceFor({ size, descriptorArea, driverArea, deviceArea }: QueueSetup): FakeDevice {
+    const packed = (this.features & VirtioFeature.RING_PACKED) !== 0n;
+    if (checkQueueSize(size, packed) > this.maxQueueSize) {
+      throw rangeError("size", `at most ${this.maxQueueSize}`, size);
+    }
+    const layout = new VirtqueueLayout({ queueSize: size, features: this.features });
+    if (
+      driverArea !== descriptorArea + layout.driverAreaOffset ||
+      deviceArea !== descriptorArea + layout.deviceAreaOffset
+    ) {
+      throw rangeError("queue", "its areas one behind the other, as in VirtqueueLayout", descriptorArea);
+    }
+    const region = [...this.regions].find(({ iova, size: bytes }) => {
+      return descriptorArea >= iova && descriptorArea + layout.endOffset <= iova + bytes;
+    });
+    if (region === undefined) throw rangeError("descriptorArea", "memory of mapMemory", descriptorArea);
+    return new FakeDevice({
+      ...{ layout, buffer: region.buffer, offset: descriptorArea - region.iova, iova: descriptorArea },
+      ...{ features: this.features, memory: this.memory },
+    });
+  }
+
   private serve(queue: FakeQueue): void {
-    queue.serve(this.onNotify, () => this.ended === undefined);
+    if (!this.isAway) queue.serve(this.onNotify, () => this.ended === undefined && !this.isAway);
   }
 
   private free(region: MemoryRegion): void {
