@@ -129,6 +129,11 @@ export class Daemon {
     await this.#ended;
   }
 
+  /** Keep the program from running at all (SIGSTOP). */
+  freeze(): void {
+    this.#child.kill("SIGSTOP");
+  }
+
   async #untilListening(program: string): Promise<void> {
     const failed = (what: string) => new Error(`${program} ${what}:\n${this.output}`);
     const over = new AbortController();

@@ -2,7 +2,7 @@
 
 import { setImmediate } from "node:timers/promises";
 import type { BlockDevice, VirtioBlkQueue } from "../../src/index.js";
-import { Load, type LoadContext } from "./load.js";
+import { Load, type LoadContext, pollOnce } from "./load.js";
 import { QueueLoad } from "./queue-load.js";
 
 /** Calls in flight at a time. */
@@ -50,7 +50,7 @@ export class Life {
     await watch.pause();
     // What was given up makes no promise that one could wait for.
     while (disk.pending > 0 && !watch.over) {
-      if (disk.mode === "poll") disk.poll();
+      if (disk.mode === "poll") pollOnce(disk);
       await setImmediate();
     }
     ledger.settle();

@@ -3,7 +3,7 @@
 import { setImmediate } from "node:timers/promises";
 import type { DeviceBuffer, VirtioBlkQueue } from "../../src/index.js";
 import { type Change, type Reading, TortureFailure } from "./ledger.js";
-import { type LoadContext, pickExtent } from "./load.js";
+import { type LoadContext, pickExtent, pollOnce } from "./load.js";
 import { SECTOR_SIZE } from "./pattern.js";
 
 /** Bytes of the buffer of each request. */
@@ -28,7 +28,7 @@ export class QueueLoad {
 
   private readonly context: LoadContext;
   private readonly queue: VirtioBlkQueue;
-  private readonly flights = new Map<number, Flight>();
+  private flights = new Map<number, Flight>();
   private free: DeviceBuffer[] = [];
   private work: Promise<void> = Promise.resolve();
   private isStopped = false;
@@ -37,13 +37,8 @@ export class QueueLoad {
     this.context = context;
     this.queue = queue;
     queue.onError = (error) => context.watch.fail(new TortureFailure(`a taken queue has ended: ${error.message}`));
-    queue.onComplete = (slot, status, written) => {
-      try {
-        this.completed(slot, status, written);
-      } catch (error) {
-        context.watch.fail(error);
-      }
-    };
+    queue.onReplay = (moves) => this.guarded(() => this.moved(moves));
+    queue.onComplete = (slot, status, written) => this.guarded(() => this.completed(slot, status, written));
   }
 
   /** Begin to submit. */
@@ -55,6 +50,7 @@ export class QueueLoad {
   /** End for good. Nothing may be on its way. */
   async stop(): Promise<void> {
     this.isStopped = true;
+    this.queue.onError = () => undefined;
     this.context.watch.look();
     await this.context.watch.wait(this.work);
   }
@@ -65,7 +61,7 @@ export class QueueLoad {
     while (!this.isStopped && !watch.over) {
       this.refill();
       if (this.queue.mode === "poll") {
-        this.queue.poll();
+        pollOnce(this.queue);
         await setImmediate();
       } else {
         await watch.until(() => this.isStopped || this.mayGoOn || this.queue.mode === "poll");
@@ -113,6 +109,28 @@ export class QueueLoad {
     if (slot < 0) throw new TortureFailure("a queue that is not full took no request");
     if (this.flights.has(slot)) throw new TortureFailure(`slot ${slot} was given to two requests`);
     this.flights.set(slot, flight);
+  }
+
+  private guarded(work: () => void): void {
+    try {
+      work();
+    } catch (error) {
+      this.context.watch.fail(error);
+    }
+  }
+
+  /** Requests were submitted again and may be in other slots: each in one, and in one of its own. */
+  private moved(moves: Int32Array): void {
+    const flights = new Map<number, Flight>();
+    for (const [slot, flight] of this.flights) {
+      if (moves[slot] < 0) throw new TortureFailure(`the request in slot ${slot} was not submitted again`);
+      flights.set(moves[slot], flight);
+    }
+    const count = moves.filter((to) => to >= 0).length;
+    if (count !== this.flights.size || flights.size !== count) {
+      throw new TortureFailure(`${count} requests were submitted again, and ${this.flights.size} were in flight`);
+    }
+    this.flights = flights;
   }
 
   private completed(slot: number, status: number, written: number): void {

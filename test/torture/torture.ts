@@ -60,6 +60,9 @@ const HANDSHAKE_TURNS = 60;
 /** One in so many kills is followed by a look at the image, and one in so many by a pause of the load. */
 const LOOKS = 4;
 const PAUSES = 6;
+/** One in so many back-ends is stopped before it is killed, for so many turns at most: the driver goes on asking. */
+const FREEZES = 3;
+const FROZEN_TURNS = 60;
 /** Microseconds at most that the driver looks away before the kill, so that answers lie in the ring unseen. */
 const BLIND_US = 300;
 
@@ -192,8 +195,15 @@ class Run {
     const { random, watch, options } = this;
     const calls = watch.completed + random.below(options.calls);
     await watch.until(() => watch.completed >= calls);
-    lookAway(random.below(BLIND_US));
+    if (random.oneIn(FREEZES)) {
+      // What it has not taken by now it never takes.
+      this.daemon?.freeze();
+      for (let turns = random.below(FROZEN_TURNS); turns > 0; turns--) await setImmediate();
+    } else {
+      lookAway(random.below(BLIND_US));
+    }
     await this.kill();
+    if (random.oneIn(2)) disk.mode = MODES[random.below(3)];
     if (random.oneIn(LOOKS)) this.checkImage("the image of a dead back-end");
     if (random.oneIn(LONG_OUTAGES)) {
       const attempts = 1 + random.below(LONGEST_OUTAGE);
