@@ -150,14 +150,18 @@ export class FakeVdpaVrings {
   }
 
   private watch(index: number, event: EventFd): FdWatcher {
-    const watcher = new FdWatcher(event.fd, { drain: true }, () => {
+    const onKick = (): void => {
       this.hooks.onKick(index);
       const queue = this.vrings.get(index)?.queue;
       if (queue !== undefined && !this.isSuspended) queue.serve((each) => this.hooks.onNotify(each));
-    });
-    watcher.unref();
-    event.close();
-    return watcher;
+    };
+    try {
+      const watcher = new FdWatcher(event.fd, { drain: true }, onKick);
+      watcher.unref();
+      return watcher;
+    } finally {
+      event.close();
+    }
   }
 
   /** The device's half of a queue, whose areas lie one behind the other as in `VirtqueueLayout`. */

@@ -43,10 +43,16 @@ let refusedAt = -1;
  * Have the addon loaded with a layer that counts and refuses. To be called once, before anything makes a system call.
  *
  * @param stand answers calls in the place of the addon; they are counted and refused as the others.
+ * @param onClose hears of each descriptor before it is closed.
  */
-export function numberCalls(stand: Stand = () => undefined): void {
+export function numberCalls(stand: Stand = () => undefined, onClose: (fd: number) => void = () => undefined): void {
   layerNative((addon) => {
-    const layer: Partial<NativeBinding> = {};
+    const layer: Partial<NativeBinding> = {
+      close(fd) {
+        onClose(fd);
+        return addon.close(fd);
+      },
+    };
     for (const name of Object.keys(REFUSALS) as Refusable[]) {
       const real: unknown = addon[name];
       if (typeof real !== "function") throw new Error(`the addon has no ${name}`);
