@@ -13,8 +13,8 @@ import { spec } from "node:test/reporters";
 
 /** No test file may take longer than this; a hang is a failure, not a wait. */
 const FILE_TIMEOUT_MS = 240_000;
-/** The test file that runs all of test/guest in a virtual machine; it watches over its time itself. */
-const GUEST = "test/system/guest.test.ts";
+/** The test files that run virtual machines; they watch over their time themselves. */
+const GUEST = ["test/system/guest.test.ts", "test/system/qemu-front-end.test.ts"];
 const GUEST_TIMEOUT_MS = 30 * 60_000;
 
 process.chdir(join(import.meta.dirname, ".."));
@@ -30,7 +30,7 @@ if (sources.some((source) => modified(compiled(source)) < modified(source)) || n
 const files = sources
   .filter((source) => source.endsWith(".test.ts") && source.startsWith("test/") && !source.startsWith("test/guest/"))
   .filter((source) => words.length === 0 || words.some((word) => source.includes(word)))
-  .filter((source) => withGuest || source !== GUEST);
+  .filter((source) => withGuest || !GUEST.includes(source));
 if (files.length === 0) {
   console.error(`no test file has ${words.join(" or ")} in its path`);
   process.exit(2);
@@ -39,13 +39,13 @@ if (files.length === 0) {
 const skipped = [];
 const concurrency = Math.max(2, availableParallelism());
 await runFiles(
-  files.filter((source) => source !== GUEST),
+  files.filter((source) => !GUEST.includes(source)),
   { concurrency, timeout: FILE_TIMEOUT_MS },
 );
-// By itself: it has as many processors as we have, and would take them from the others.
+// By themselves: a machine has as many processors as we have, and would take them from the others.
 await runFiles(
-  files.filter((source) => source === GUEST),
-  { timeout: GUEST_TIMEOUT_MS },
+  files.filter((source) => GUEST.includes(source)),
+  { concurrency: 1, timeout: GUEST_TIMEOUT_MS },
 );
 
 if (process.env.VIRTIO_REQUIRE_PEERS === "1" && skipped.length > 0) {

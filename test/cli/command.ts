@@ -12,7 +12,8 @@ export interface Finished {
   readonly stderr: string;
 }
 
-const MAIN = fileURLToPath(new URL("../../src/cli/main.js", import.meta.url));
+/** The command as a file. */
+export const MAIN = fileURLToPath(new URL("../../src/cli/main.js", import.meta.url));
 const TIMEOUT_MS = 60_000;
 
 /** Start `virtio` with these words, all three streams as pipes. */

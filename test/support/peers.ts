@@ -115,6 +115,11 @@ export class Daemon {
     }
   }
 
+  /** Resolves when it has ended, of itself or otherwise. */
+  get ended(): Promise<unknown> {
+    return this.#ended;
+  }
+
   /** Stop the program and wait for its end. Idempotent. */
   async stop(): Promise<void> {
     const patience = setTimeout(() => this.#child.kill("SIGKILL"), PATIENCE_MS);

@@ -7,23 +7,14 @@ import assert from "node:assert/strict";
 import { dirname } from "node:path";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";
-import { builtGuest, GuestUnavailable } from "../guest/host/build.js";
-import { GUEST_PROGRAMS, runInGuest } from "../guest/host/lab.js";
+import { GuestUnavailable } from "../guest/host/build.js";
+import { GUEST_PROGRAMS, reasonForNoGuest, runInGuest } from "../guest/host/lab.js";
 import { reportGuest } from "../guest/host/report.js";
-import { requirePeer } from "../support/peers.js";
 
 const ROOT = dirname(dirname(dirname(dirname(fileURLToPath(import.meta.url)))));
 const NOTHING_SKIPPED = process.env["VIRTIO_REQUIRE_PEERS"] === "1";
 
-/** The guest is a download of 100 MB: not made by the way. */
-function reasonToSkip(): false | string {
-  const missing = requirePeer(...GUEST_PROGRAMS);
-  if (missing !== false) return missing;
-  const mayBuild = NOTHING_SKIPPED || process.env["VIRTIO_BUILD_GUEST"] === "1";
-  return builtGuest() !== undefined || mayBuild ? false : "the guest is not built yet; npm run test:system builds it";
-}
-
-test("in the guest", { skip: reasonToSkip() }, async (t) => {
+test("in the guest", { skip: reasonForNoGuest(...GUEST_PROGRAMS) }, async (t) => {
   try {
     const files = await reportGuest(t, runInGuest({ root: ROOT, log: (line) => t.diagnostic(line) }));
     assert.ok(files > 0, "dist/test/guest has no test files");

@@ -6,7 +6,8 @@ import { mkdtempSync, readdirSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { TestNews } from "../protocol.js";
-import { buildGuest } from "./build.js";
+import { requirePeer } from "../../support/peers.js";
+import { buildGuest, builtGuest } from "./build.js";
 import { Machine } from "./machine.js";
 
 /** How long the guest may take until its devices are ready: some 10 s on an idle machine. */
@@ -22,6 +23,14 @@ export const GUEST_PROGRAMS = [
   ...["apt-get", "dpkg-deb", "flock", "setpriv"],
   ...["qemu-system-x86_64", "qemu-storage-daemon", "vdpa"],
 ];
+
+/** Why there is no guest here, in the form of node:test's `skip`. It is a download of 100 MB: not made by the way. */
+export function reasonForNoGuest(...programs: readonly string[]): false | string {
+  const missing = requirePeer(...programs);
+  if (missing !== false) return missing;
+  const mayBuild = process.env["VIRTIO_REQUIRE_PEERS"] === "1" || process.env["VIRTIO_BUILD_GUEST"] === "1";
+  return builtGuest() !== undefined || mayBuild ? false : "the guest is not built yet; npm run test:system builds it";
+}
 
 /** What is run in the guest. */
 export interface GuestRun {
