@@ -73,18 +73,21 @@ class QueueRun {
   isRunning = true;
   private readonly places: Places;
   private readonly memory: DeviceBuffer;
+  /** By slot: which block of the memory its request uses. */
+  private readonly parts: Int32Array;
   private failed = 0;
 
   constructor(queue: VirtioBlkQueue, memory: DeviceBuffer, capacity: number, depth: number) {
     this.queue = queue;
     this.memory = memory;
     this.places = new Places(capacity);
-    queue.onComplete = (_slot, status) => {
+    this.parts = new Int32Array(queue.queueSize);
+    queue.onComplete = (slot, status) => {
       this.done++;
       this.failed |= status;
-      if (this.isRunning) this.submit();
+      if (this.isRunning) this.submit(this.parts[slot]);
     };
-    for (let i = 0; i < depth; i++) this.submit();
+    for (let part = 0; part < depth; part++) this.submit(part);
     queue.kick();
   }
 
@@ -96,9 +99,9 @@ class QueueRun {
     if (this.failed !== 0) throw new Error(`a request ended with status ${this.failed}`);
   }
 
-  private submit(): void {
-    // All read into the same block: what comes is not looked at.
-    this.queue.submitRead(this.places.next() * SECTORS_PER_BLOCK, this.memory, 0, BLOCK);
+  private submit(part: number): void {
+    const slot = this.queue.submitRead(this.places.next() * SECTORS_PER_BLOCK, this.memory, part * BLOCK, BLOCK);
+    this.parts[slot] = part;
   }
 }
 
@@ -107,7 +110,7 @@ async function pollQueues(disks: readonly BlockDevice[], { depth, begin, end }: 
   for (const disk of disks) {
     const { queues } = disk.info;
     for (let i = 0; i < queues; i++) {
-      runs.push(new QueueRun(disk.takeQueue(), await disk.allocate(BLOCK), disk.capacity, depth));
+      runs.push(new QueueRun(disk.takeQueue(), await disk.allocate(depth * BLOCK), disk.capacity, depth));
     }
   }
   const total = (): number => runs.reduce((sum, { done }) => sum + done, 0);

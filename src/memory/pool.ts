@@ -1,6 +1,7 @@
 /** Lends buffers out of the memory that a device can reach, and grows when it is all lent. */
 
 import { checkInteger, rangeError, typeError, VirtioError } from "../errors.js";
+import { type Lending, Lendings } from "./lendings.js";
 import type { MemoryRegion } from "./region.js";
 import { FreeRuns } from "./runs.js";
 
@@ -20,8 +21,9 @@ const NO_BYTES = new Uint8Array(0);
  * A buffer in memory that the device can reach, lent by a {@link BufferPool} until {@link DeviceBuffer.release}.
  *
  * `bytes` has length 0 from then on. A view that was kept from before still points at the memory, which may be lent
- * to somebody else by then: do not keep one. While a request is in flight its driver retains the buffer, so that
- * memory which the device may still write is never lent again, even if it is released.
+ * to somebody else by then: do not keep one. A driver lends the bytes of each request on to the device, so that two
+ * requests never have the same bytes but to be read by both, and that memory which the device may still write is never
+ * lent again, even if it is released.
  *
  * @example
  * ```ts
@@ -31,18 +33,24 @@ const NO_BYTES = new Uint8Array(0);
  * pool.addRegion(region);
  * const buffer = await pool.allocate(512);
  * console.log(buffer.iovaHi, buffer.iovaLo, buffer.bytes.length); // 1 0 512
- * buffer.retain(); // a request is in flight
+ * buffer.lend(0, 512, true); // a request is in flight
  * buffer.release();
  * console.log(buffer.bytes.length, pool.lent); // 0 4096
- * buffer.unretain(); // the request has ended
+ * buffer.giveBack(0, 512); // the request has ended
  * console.log(pool.lent); // 0
  * ```
  */
 export class DeviceBuffer {
   readonly #pool: BufferPool;
   #bytes: Uint8Array;
-  #retained = 0;
   #released = false;
+  /** Requests that have bytes of it. */
+  #lendings = 0;
+  // The bytes of a request that came when there was no other; none when `end` is 0. Those of all others are in `more`.
+  #start = 0;
+  #end = 0;
+  #deviceWrites = false;
+  #more: Lendings | undefined = undefined;
   /** Bytes, as asked for. */
   readonly length: number;
   /** Where it lies. */
@@ -73,7 +81,7 @@ export class DeviceBuffer {
   }
 
   /**
-   * Give the buffer back to the pool: at once, or when it is no longer retained.
+   * Give the buffer back to the pool: at once, or when no request has bytes of it any more.
    *
    * @throws VirtioError ERR_VIRTIO_CLOSED when it was released already.
    */
@@ -81,28 +89,55 @@ export class DeviceBuffer {
     if (this.#released) throw alreadyReleased("release");
     this.#released = true;
     this.#bytes = NO_BYTES;
-    if (this.#retained === 0) takeBack(this.#pool, this);
+    if (this.#lendings === 0) takeBack(this.#pool, this);
   }
 
   /**
-   * Keep the memory from being lent again, because a device may read or write it. Counts.
+   * Lend bytes to the device for one request, until {@link giveBack} with the same range. For drivers: `BlockDevice`
+   * and `VirtioBlkQueue` do it themselves.
    *
-   * @throws VirtioError ERR_VIRTIO_CLOSED when it was released already.
+   * @param offset - first byte in the buffer.
+   * @param length - bytes, at least 1.
+   * @param deviceWrites - whether the device may write them, or reads them only.
+   * @throws VirtioError ERR_VIRTIO_BUSY when another request has some of these bytes, unless the device only reads
+   *   both; ERR_VIRTIO_CLOSED when the buffer was released. RangeError for bytes outside of it.
    */
-  retain(): void {
-    if (this.#released) throw alreadyReleased("retain");
-    this.#retained++;
+  lend(offset: number, length: number, deviceWrites: boolean): void {
+    if (this.#released) throw alreadyReleased("lend");
+    const end = offset + length;
+    if (!(offset >= 0 && end > offset && end <= this.length)) {
+      checkInteger("offset", offset, 0, this.length);
+      throw rangeError("length", `1 to ${this.length - offset} bytes`, length);
+    }
+    if (this.#lendings === 0) {
+      this.#start = offset;
+      this.#end = end;
+      this.#deviceWrites = deviceWrites;
+    } else this.#lendMore(offset, end, deviceWrites);
+    this.#lendings++;
   }
 
   /**
-   * Undo one {@link DeviceBuffer.retain}.
+   * Undo one {@link DeviceBuffer.lend}: the device has returned the request.
    *
-   * @throws RangeError when there is none to undo.
+   * @throws RangeError when that range is not lent.
    */
-  unretain(): void {
-    if (this.#retained === 0) throw rangeError("unretain", "a buffer that is retained", this.#retained);
-    this.#retained--;
-    if (this.#retained === 0 && this.#released) takeBack(this.#pool, this);
+  giveBack(offset: number, length: number): void {
+    const end = offset + length;
+    if (this.#start === offset && this.#end === end) this.#end = 0;
+    else if (this.#more?.giveBack(offset, end) !== true) {
+      throw rangeError("offset", "a range of bytes that is lent", offset);
+    }
+    this.#lendings--;
+    if (this.#lendings === 0 && this.#released) takeBack(this.#pool, this);
+  }
+
+  #lendMore(start: number, end: number, deviceWrites: boolean): void {
+    const obstacle =
+      this.#start < end && this.#end > start && (deviceWrites || this.#deviceWrites)
+        ? { start: this.#start, end: this.#end, deviceWrites: this.#deviceWrites }
+        : (this.#more ??= new Lendings()).lend(start, end, deviceWrites);
+    if (obstacle !== undefined) throw inUse({ start, end, deviceWrites }, obstacle);
   }
 }
 
@@ -143,7 +178,7 @@ export class BufferPool {
     this.#grow = grow;
   }
 
-  /** Bytes lent, in whole granules; what is released but retained counts. */
+  /** Bytes lent, in whole granules; what is released while a request has it counts. */
   get lent(): number {
     return this.#lent;
   }
@@ -251,4 +286,14 @@ function closed(what: string): VirtioError {
 
 function alreadyReleased(what: string): VirtioError {
   return new VirtioError("ERR_VIRTIO_CLOSED", `${what} of a device buffer that was released; allocate another`);
+}
+
+function inUse(wanted: Lending, other: Lending): VirtioError {
+  const use = ({ deviceWrites }: Lending): string => (deviceWrites ? "write" : "read");
+  return new VirtioError(
+    "ERR_VIRTIO_BUSY",
+    `bytes ${wanted.start} to ${wanted.end - 1} of a device buffer cannot be lent for the device to ${use(wanted)}: ` +
+      `a request in flight has it ${use(other)} bytes ${other.start} to ${other.end - 1}; ` +
+      "await that one first, or allocate another buffer",
+  );
 }

@@ -319,8 +319,8 @@ export class Virtqueue {
     else this.split.fail(error);
   }
 
-  /** What broke the queue. The calls of the hot path ask the ring itself. */
-  private get broken(): Error | undefined {
+  /** What broke the queue, and is thrown by every call; undefined while it is in order. */
+  get broken(): Error | undefined {
     return this.isPacked ? this.packed.failure : this.split.failure;
   }
 }

@@ -109,7 +109,7 @@ test("part of a region can be lent, in whole granules, and no part twice", () =>
   assert.throws(() => pool.addRegion(region, 8, 4), refused);
 });
 
-test("a released buffer has no bytes, and cannot be released or retained again", async () => {
+test("a released buffer has no bytes, and cannot be released or lent to the device again", async () => {
   using regions = new Regions();
   const pool = new BufferPool(regions.grow);
   const buffer = await pool.allocate(10);
@@ -118,8 +118,8 @@ test("a released buffer has no bytes, and cannot be released or retained again",
   assert.equal(buffer.released, true);
   assert.equal(buffer.bytes.length, 0);
   assert.throws(() => buffer.release(), closed);
-  assert.throws(() => buffer.retain(), closed);
-  assert.throws(() => buffer.unretain(), refused);
+  assert.throws(() => buffer.lend(0, 10, false), closed);
+  assert.throws(() => buffer.giveBack(0, 10), refused);
   assert.equal(pool.lent, 0);
 });
 
@@ -127,27 +127,29 @@ test("a buffer released in flight is lent again only when the last request has e
   using regions = new Regions();
   const pool = new BufferPool(regions.grow);
   const buffer = await pool.allocate(10);
-  buffer.retain();
-  buffer.retain();
-  buffer.unretain();
+  buffer.lend(0, 4, true);
+  buffer.lend(4, 6, true);
+  buffer.giveBack(0, 4);
   buffer.release();
   assert.equal(buffer.released, true);
   assert.equal(buffer.bytes.length, 0);
   assert.equal(pool.lent, PAGE);
   const other = await pool.allocate(10);
   assert.notEqual(iovaOf(other), iovaOf(buffer));
-  buffer.unretain();
+  other.release();
+  assert.throws(() => buffer.giveBack(0, 4), refused);
   assert.equal(pool.lent, PAGE);
-  assert.throws(() => buffer.unretain(), refused);
+  buffer.giveBack(4, 6);
+  assert.throws(() => buffer.giveBack(4, 6), refused);
   assert.equal(iovaOf(await pool.allocate(10)), iovaOf(buffer));
 });
 
-test("retaining and not releasing keeps the buffer lent", async () => {
+test("what the device has returned, and nobody released, stays lent by the pool", async () => {
   using regions = new Regions();
   const pool = new BufferPool(regions.grow);
   const buffer = await pool.allocate(10);
-  buffer.retain();
-  buffer.unretain();
+  buffer.lend(0, 10, true);
+  buffer.giveBack(0, 10);
   assert.equal(pool.lent, PAGE);
   assert.equal(buffer.bytes.length, 10);
   buffer.release();
@@ -263,16 +265,17 @@ test("wrong lengths and callbacks are refused", async () => {
   assert.throws(() => new BufferPool(undefined as unknown as () => Promise<MemoryRegion>), refused);
 });
 
-test("any sequence of lending, retaining and releasing keeps buffers apart and loses nothing", async () => {
+test("any sequence of lending and releasing keeps buffers apart and loses nothing", async () => {
   interface Lent {
     buffer: DeviceBuffer;
-    retained: number;
+    /** Lengths of what the device has, all from byte 0, to read. */
+    device: number[];
     mark: number;
     /** Where the memory is, for looking at it when `bytes` is gone. */
     view: Uint8Array;
   }
   const step = fc.record({
-    what: fc.constantFrom("allocate", "allocate", "tryAllocate", "release", "retain", "unretain"),
+    what: fc.constantFrom("allocate", "allocate", "tryAllocate", "release", "lend", "giveBack"),
     length: fc.oneof(fc.integer({ min: 1, max: 3 * PAGE }), fc.integer({ min: 1, max: 2 * MIB })),
     pick: fc.nat(),
   });
@@ -286,7 +289,7 @@ test("any sequence of lending, retaining and releasing keeps buffers apart and l
         const view = buffer.bytes;
         mark = (mark % 255) + 1;
         view.fill(mark);
-        held.push({ buffer, retained: 0, mark, view });
+        held.push({ buffer, device: [], mark, view });
       };
       for (const { what, length, pick } of steps) {
         const index = pick % Math.max(1, held.length);
@@ -299,17 +302,16 @@ test("any sequence of lending, retaining and releasing keeps buffers apart and l
         else if (what === "release") {
           if (one.buffer.released) assert.throws(() => one.buffer.release(), closed);
           else one.buffer.release();
-        } else if (what === "retain" && !one.buffer.released) {
-          one.buffer.retain();
-          one.retained++;
-        } else if (what === "unretain") {
-          if (one.retained === 0) assert.throws(() => one.buffer.unretain(), refused);
-          else {
-            one.buffer.unretain();
-            one.retained--;
-          }
+        } else if (what === "lend" && !one.buffer.released) {
+          const part = 1 + (length % one.buffer.length);
+          one.buffer.lend(0, part, false);
+          one.device.push(part);
+        } else if (what === "giveBack") {
+          const part = one.device.shift();
+          if (part === undefined) assert.throws(() => one.buffer.giveBack(0, one.buffer.length), refused);
+          else one.buffer.giveBack(0, part);
         }
-        if (one !== undefined && one.buffer.released && one.retained === 0) {
+        if (one !== undefined && one.buffer.released && one.device.length === 0) {
           assert.ok(one.view.every((byte) => byte === one.mark));
           held.splice(index, 1);
         }
@@ -321,7 +323,7 @@ test("any sequence of lending, retaining and releasing keeps buffers apart and l
       for (const each of held) {
         assert.ok(each.view.every((byte) => byte === each.mark));
         if (!each.buffer.released) each.buffer.release();
-        for (; each.retained > 0; each.retained--) each.buffer.unretain();
+        for (const part of each.device) each.buffer.giveBack(0, part);
       }
       assert.equal(pool.lent, 0);
       for (const region of regions.made) assert.equal(pool.tryAllocate(2 * MIB)?.region, region);

@@ -106,11 +106,15 @@ let disk: BlockDevice | undefined;
 
 /** Requests without end and without a turn of the event loop. */
 async function spin(device: BlockDevice, until: Int32Array, underWay: () => void): Promise<void> {
-  const buffer = await device.allocate(4096);
+  const buffer = await device.allocate(8 * 4096);
   const queue = device.takeQueue();
+  const parts = new Array<number>(queue.queueSize);
+  const submit = (part: number): void => {
+    parts[queue.submitRead(0, buffer, part * 4096, 4096)] = part;
+  };
   queue.mode = "poll";
-  queue.onComplete = () => queue.submitRead(0, buffer, 0, 4096);
-  for (let i = 0; i < 8; i++) queue.submitRead(0, buffer, 0, 4096);
+  queue.onComplete = (slot) => submit(parts[slot]);
+  for (let part = 0; part < 8; part++) submit(part);
   underWay();
   while (Atomics.load(until, 0) === 0) {
     queue.kick();

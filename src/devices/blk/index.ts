@@ -15,7 +15,8 @@ export type {
 } from "./options.js";
 export type { TransferOptions, VectorOptions, WriteZeroesOptions } from "./options.js";
 export type { CompletionMode } from "../completion.js";
-export { type DataSegment, VirtioBlkQueue, type VirtioBlkQueueOptions } from "./queue.js";
+export { VirtioBlkQueue, type VirtioBlkQueueOptions } from "./queue.js";
 export type { ReadResult, WriteResult } from "./scheduler.js";
 export type { BlockStats, QueueStats } from "./stats.js";
 export type { ErrorCounts } from "./tally.js";
+export type { DataSegment } from "./segments.js";

@@ -5,7 +5,7 @@ import { BlkRequestType, SECTOR_SIZE } from "../../protocol/blk.js";
 import { beyondEnd } from "./checks.js";
 import type { BlkLimits } from "./limits.js";
 import type { BlockRange } from "./options.js";
-import type { DataSegment } from "./queue.js";
+import { type DataSegment, giveBackAll, lendAll } from "./segments.js";
 
 /** One request of an {@link Operation}, in the slot of a queue. */
 export interface Part {
@@ -108,6 +108,7 @@ export abstract class Operation {
       this.deliver(part, Math.max(0, Math.min(part.length, written - 1)));
     }
     part.bounce?.release();
+    if (this.isSettled && this.outstanding === 0) this.letGo();
     this.settleIfDone();
   }
 
@@ -116,7 +117,7 @@ export abstract class Operation {
     this.allSubmitted = true;
     if (this.isSettled) return;
     this.isSettled = true;
-    this.letGo();
+    if (this.outstanding === 0) this.letGo();
     this.reject(error);
   }
 
@@ -143,7 +144,7 @@ export abstract class Operation {
   /** Take `length` delivered bytes of a part. */
   protected abstract deliver(part: Part, length: number): void;
 
-  /** The caller's memory is not needed any more, but for requests in flight. */
+  /** Neither the device nor this needs the caller's memory any more. */
   protected letGo(): void {}
 }
 
@@ -153,6 +154,7 @@ export class TransferOperation extends Operation {
   private readonly limits: BlkLimits;
   private readonly pieces: readonly DataSegment[] | undefined;
   private readonly memory: readonly Stretch[];
+  private readonly lent: readonly DataSegment[];
   private readonly total: number;
   private done = 0;
   /** First byte that a successful read did not deliver. */
@@ -162,6 +164,7 @@ export class TransferOperation extends Operation {
    * @param type - IN or OUT.
    * @param memory - where the data come from or go to, in order; together a multiple of 512 bytes.
    * @param position - first byte on the disk, a multiple of 512.
+   * @throws VirtioError ERR_VIRTIO_BUSY when another request has bytes of that memory; see `DeviceBuffer.lend`.
    */
   constructor(type: number, memory: readonly Stretch[], position: number, limits: BlkLimits) {
     const total = memory.reduce((sum, piece) => sum + piece.bytes.length, 0);
@@ -172,8 +175,10 @@ export class TransferOperation extends Operation {
     this.total = total;
     this.end = this.total;
     this.pieces = lentPieces(memory, limits, this.total);
-    // Until the promise is settled data may be copied from or to it, so nobody else may get the memory.
-    for (const { lent } of memory) lent?.buffer.retain();
+    // From now on, whether it waits for room, is used by the device, or is copied from or to: so whether two calls may
+    // share memory does not depend on how fast the device is.
+    this.lent = memory.flatMap(({ lent }) => lent ?? []);
+    lendAll(this.lent, this.deviceWrites);
   }
 
   /** Bytes that arrived without a gap from the start. */
@@ -212,7 +217,7 @@ export class TransferOperation extends Operation {
   }
 
   protected override letGo(): void {
-    for (const { lent } of this.memory) lent?.buffer.unretain();
+    giveBackAll(this.lent);
   }
 }
 

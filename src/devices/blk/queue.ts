@@ -21,16 +21,7 @@ import {
 import { type CompletionMode, CompletionWatch } from "../completion.js";
 import { PollPacer } from "../pacer.js";
 import type { BlkLimits } from "./limits.js";
-
-/** A stretch of a lent buffer: one data element, or several when the device's `size_max` is smaller. */
-export interface DataSegment {
-  /** Memory lent by the device's pool. */
-  readonly buffer: DeviceBuffer;
-  /** First byte in the buffer. */
-  readonly offset: number;
-  /** Bytes, at least 1. */
-  readonly length: number;
-}
+import { type DataSegment, giveBackAll, lendAll } from "./segments.js";
 
 /** What a queue has done since it began. */
 export interface QueueCounters {
@@ -50,6 +41,8 @@ export interface QueueCounters {
 interface Chain {
   readonly segments: readonly DataSegment[];
   readonly deviceWrites: boolean;
+  /** Whether the queue lent the segments to the device, and gives them back; otherwise who submitted it does. */
+  readonly isLender: boolean;
 }
 
 /** A request in flight, out of its slot. */
@@ -252,7 +245,8 @@ export class VirtioBlkQueue {
    * @param offset - first byte in the buffer.
    * @param length - bytes, a multiple of 512, at most `limits.maxRequestBytes`.
    * @returns the slot, or -1 when the ring is full: reap, then try again.
-   * @throws RangeError for a range outside the disk or the buffer, or an odd length.
+   * @throws RangeError for a range outside the disk or the buffer, or an odd length. VirtioError ERR_VIRTIO_BUSY when a
+   *   request in flight has some of these bytes of the buffer, unless the device only reads both.
    */
   submitRead(sector: number, buffer: DeviceBuffer, offset: number, length: number): number {
     return this.submitData(IN, sector, buffer, offset, length, true);
@@ -265,7 +259,7 @@ export class VirtioBlkQueue {
 
   /** Submit FLUSH: writes completed before this call are stable when it completes. */
   submitFlush(): number {
-    return this.submitChain(BlkRequestType.FLUSH, 0, NO_SEGMENTS, false);
+    return this.submitLent(BlkRequestType.FLUSH, 0, NO_SEGMENTS, false);
   }
 
   /**
@@ -277,24 +271,31 @@ export class VirtioBlkQueue {
    * @param deviceWrites - the device writes the data (IN, GET_ID, GET_LIFETIME) or reads them.
    * @returns the slot, or -1 when the ring is full.
    * @throws RangeError for segments that are too many, too long, or outside their buffers or the disk.
+   *   VirtioError ERR_VIRTIO_BUSY as {@link submitRead}, also when segments of a read overlap each other.
    */
   submitChain(type: number, sector: number, segments: readonly DataSegment[], deviceWrites: boolean): number {
-    const { maxSegments } = this.limits;
-    let bytes = 0;
-    for (const { buffer, offset, length } of segments) {
-      checkStretch(buffer, offset, length);
-      bytes += length;
-    }
-    const elements = this.elementsOf(segments);
-    if (elements > maxSegments) throw rangeError("segments", `at most ${maxSegments} data elements`, elements);
-    if (type === IN || type === OUT) this.checkSectors(sector, bytes);
-    const slot = this.addChain(elements, segments, deviceWrites);
-    if (slot < 0) return -1;
-    for (const { buffer } of segments) buffer.retain();
-    this.writeHeader(slot, type, sector);
+    this.checkChain(type, sector, segments);
+    this.throwIfBroken();
     const copy = segments.map(({ buffer, offset, length }) => ({ buffer, offset, length }));
-    this.chains[slot] = { segments: copy, deviceWrites };
+    lendAll(copy, deviceWrites);
+    let slot = -1;
+    try {
+      slot = this.submitSegments(type, sector, { segments: copy, deviceWrites, isLender: true });
+    } finally {
+      if (slot < 0) giveBackAll(copy);
+    }
     return slot;
+  }
+
+  /**
+   * Submit a request on memory that the caller has lent to the device already (`DeviceBuffer.lend`), or that he alone
+   * has, and keeps so until the request has completed; otherwise as {@link submitChain}.
+   *
+   * @param segments - not to be changed any more.
+   */
+  submitLent(type: number, sector: number, segments: readonly DataSegment[], deviceWrites: boolean): number {
+    this.checkChain(type, sector, segments);
+    return this.submitSegments(type, sector, { segments, deviceWrites, isLender: false });
   }
 
   /** Make all submitted requests visible to the device and notify it if it wants that. */
@@ -361,15 +362,12 @@ export class VirtioBlkQueue {
       this.chains[slot] = undefined;
     }
     let count = 0;
-    requests.forEach(({ slot, type, sector, segments, deviceWrites }, i) => {
+    requests.forEach(({ slot, type, sector, segments, deviceWrites, isLender }, i) => {
       if (!wanted[i]) {
-        for (const { buffer } of segments) buffer.unretain();
+        if (isLender) giveBackAll(segments);
         return;
       }
-      const to = this.addChain(this.elementsOf(segments), segments, deviceWrites);
-      this.writeHeader(to, type, sector);
-      this.chains[to] = { segments, deviceWrites };
-      moves[slot] = to;
+      moves[slot] = this.submitSegments(type, sector, { segments, deviceWrites, isLender });
       count++;
     });
     // Requests that are not wanted any more are at their end; the others count once.
@@ -440,10 +438,14 @@ export class VirtioBlkQueue {
     }
     const lo = buffer.iovaLo + offset;
     const hi = lo > 0xffffffff ? buffer.iovaHi + 1 : buffer.iovaHi;
+    this.throwIfBroken();
+    buffer.lend(offset, length, deviceWrites);
     const slot = this.queue.addFramed(lo | 0, hi, length, deviceWrites);
-    if (slot < 0) return -1;
+    if (slot < 0) {
+      buffer.giveBack(offset, length);
+      return -1;
+    }
     this.writeHeader(slot, type, sector);
-    buffer.retain();
     this.lent[slot] = buffer;
     this.offsets[slot] = offset;
     this.lengths[slot] = length;
@@ -458,11 +460,30 @@ export class VirtioBlkQueue {
     return elements;
   }
 
+  private checkChain(type: number, sector: number, segments: readonly DataSegment[]): void {
+    const { maxSegments } = this.limits;
+    let bytes = 0;
+    for (const { buffer, offset, length } of segments) {
+      checkStretch(buffer, offset, length);
+      bytes += length;
+    }
+    const elements = this.elementsOf(segments);
+    if (elements > maxSegments) throw rangeError("segments", `at most ${maxSegments} data elements`, elements);
+    if (type === IN || type === OUT) this.checkSectors(sector, bytes);
+  }
+
+  /** What was lent to a queue that is broken stays lent: that it is broken is to be said first. */
+  private throwIfBroken(): void {
+    const { broken } = this.queue;
+    if (broken !== undefined) throw broken;
+  }
+
   /** Put a request of any number of data elements into the ring; -1 when there is no room. */
-  private addChain(elements: number, segments: readonly DataSegment[], deviceWrites: boolean): number {
+  private submitSegments(type: number, sector: number, chain: Chain): number {
     const { queue } = this;
     const { maxSegmentBytes } = this.limits;
-    const slot = queue.beginFramed(elements, deviceWrites);
+    const { segments, deviceWrites } = chain;
+    const slot = queue.beginFramed(this.elementsOf(segments), deviceWrites);
     if (slot < 0) return -1;
     for (const { buffer, offset, length } of segments) {
       for (let done = 0; done < length; done += maxSegmentBytes) {
@@ -472,6 +493,8 @@ export class VirtioBlkQueue {
       }
     }
     queue.commitFramed();
+    this.writeHeader(slot, type, sector);
+    this.chains[slot] = chain;
     return slot;
   }
 
@@ -492,7 +515,7 @@ export class VirtioBlkQueue {
     const buffer = this.lent[slot];
     if (buffer === undefined) return undefined;
     const segments = [{ buffer, offset: this.offsets[slot], length: this.lengths[slot] }];
-    return { segments, deviceWrites: this.types[slot] !== OUT };
+    return { segments, deviceWrites: this.types[slot] !== OUT, isLender: true };
   }
 
   /** Fill in `struct virtio_blk_req` of a slot; `reserved` stays 0 from the start. */
@@ -512,13 +535,13 @@ export class VirtioBlkQueue {
     const buffer = this.lent[slot];
     if (buffer !== undefined) {
       this.lent[slot] = undefined;
-      buffer.unretain();
+      buffer.giveBack(this.offsets[slot], this.lengths[slot]);
       return;
     }
     const chain = this.chains[slot];
     if (chain === undefined) return;
     this.chains[slot] = undefined;
-    for (const { buffer: each } of chain.segments) each.unretain();
+    if (chain.isLender) giveBackAll(chain.segments);
   }
 
   private checkSectors(sector: number, length: number): void {

@@ -458,7 +458,7 @@ export class Scheduler {
   /** Returns the slot, -1 when there is no room, or `REFUSED` when only this operation cannot go on. */
   private submit(queue: VirtioBlkQueue, operation: Operation, { sector, segments }: NextRequest): number {
     try {
-      return queue.submitChain(operation.type, sector, segments, operation.deviceWrites);
+      return queue.submitLent(operation.type, sector, segments, operation.deviceWrites);
     } catch (error) {
       if (!(error instanceof RangeError)) throw error;
       // While it waited, its buffer was released or the disk became smaller.

@@ -133,13 +133,14 @@ describe("BASIC-DRV-04 a device that is lost", () => {
       const error = gone();
       const same = (got: unknown): boolean => got === error;
       const lent = await disk.allocate(512);
+      const [second, third] = [await disk.allocate(512), await disk.allocate(512)];
       const calls = [
         disk.read(lent),
         disk.read(new Uint8Array(512)),
-        disk.writev([new Uint8Array(512), lent]),
+        disk.writev([new Uint8Array(512), second]),
         disk.flush(),
         disk.getId(),
-        disk.read(lent, { signal: new AbortController().signal }),
+        disk.read(third, { signal: new AbortController().signal }),
       ].map((call) => assert.rejects(call, same));
       const taken = await bench.take();
       assert.ok(taken.length > 0 && taken.length < calls.length);

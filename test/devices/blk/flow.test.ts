@@ -47,10 +47,15 @@ for (const [name, features] of Object.entries(RINGS)) {
     test("what waits comes before what is called later, whatever its memory", async (t) => {
       const bench = await openFake(t, { features, open: { queueSize: 4 } });
       const { disk } = bench;
-      const lent = await disk.allocate(512);
+      const lent = await disk.allocate(24 * 512);
       const calls: Promise<unknown>[] = [];
       const read = (i: number, isLent: boolean): void => {
-        calls.push(disk.read(isLent ? lent : new Uint8Array(512), { position: i * 512 }));
+        const position = i * 512;
+        calls.push(
+          isLent
+            ? disk.read(lent, { position, offset: position, length: 512 })
+            : disk.read(new Uint8Array(512), { position }),
+        );
       };
       for (let i = 0; i < 8; i++) read(i, i % 2 === 1);
       const order: number[] = [];
@@ -105,12 +110,12 @@ describe("notifications", () => {
 
   test("on lent memory the first call and each sixteenth behind it are kicked at once, the rest with the turn", async (t) => {
     const bench = await openFake(t);
-    const buffer = await bench.disk.allocate(512);
+    const buffer = await bench.disk.allocate(40 * 512);
     const calls: Promise<unknown>[] = [];
     const kicks: number[] = [];
     for (let i = 0; i < 40; i++) {
       const before = bench.queue.notifications.length;
-      calls.push(bench.disk.read(buffer, { position: i * 512 }));
+      calls.push(bench.disk.read(buffer, { position: i * 512, offset: i * 512, length: 512 }));
       if (bench.queue.notifications.length > before) kicks.push(i);
     }
     assert.deepEqual(kicks, [0, 16, 32]);
@@ -224,8 +229,10 @@ describe("several queues", () => {
 
   test("requests are spread over all of them, and come back from all", async (t) => {
     const bench = await openFake(t, MQ);
-    for (const memory of [await bench.disk.allocate(512), new Uint8Array(512)]) {
-      const calls = Array.from({ length: 6 }, (_, i) => bench.disk.read(memory, { position: i * 512 }));
+    for (const memory of [await bench.disk.allocate(3072), new Uint8Array(3072)]) {
+      const calls = Array.from({ length: 6 }, (_, i) =>
+        bench.disk.read(memory, { position: i * 512, offset: i * 512, length: 512 }),
+      );
       await turn();
       const perQueue = bench.transport.queues.map((queue) => takeBlk(queue));
       assert.deepEqual(

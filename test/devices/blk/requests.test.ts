@@ -352,15 +352,16 @@ describe("how a request ends", () => {
       const bench = await openFake(t, { features: ALL_REQUESTS | RINGS["split with everything"], config: LIMITS });
       const { disk } = bench;
       const lent = await disk.allocate(512);
+      const [second, third, fourth] = await Promise.all([1, 2, 3].map(() => disk.allocate(512)));
       const plain = new Uint8Array(512);
       const range = { position: 0, length: 512 };
       const calls: readonly [string, Promise<unknown>][] = [
         ["IN", disk.read(lent)],
         ["IN", disk.read(plain)],
-        ["IN", disk.readv([plain, lent])],
-        ["OUT", disk.write(lent)],
+        ["IN", disk.readv([plain, second])],
+        ["OUT", disk.write(third)],
         ["OUT", disk.write(plain)],
-        ["OUT", disk.writev([lent, plain])],
+        ["OUT", disk.writev([fourth, plain])],
         ["FLUSH", disk.flush()],
         ["GET_ID", disk.getId()],
         ["GET_LIFETIME", disk.getLifetime()],
