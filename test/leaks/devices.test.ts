@@ -93,7 +93,14 @@ describe("every call refused in turn leaves nothing behind:", () => {
   ] as const) {
     test(`a PCI transport with ${interrupts}`, async () => {
       const run = (): Promise<void> =>
-        livePci(new FakePciFunction({ msixVectors, queueSizes: [16, 16], config: CONFIG, features: BASE | VirtioFeature.RING_RESET }));
+        livePci(
+          new FakePciFunction({
+            msixVectors,
+            queueSizes: [16, 16],
+            config: CONFIG,
+            features: BASE | VirtioFeature.RING_RESET,
+          }),
+        );
       assert.ok((await refuseEachCall({ run })) > 10);
     });
 

@@ -47,7 +47,9 @@ writeFileSync(
 
 function children(): string[] {
   return readdirSync("/proc/self/task").flatMap((task) =>
-    readFileSync(`/proc/self/task/${task}/children`, "utf8").split(" ").filter((pid) => pid !== ""),
+    readFileSync(`/proc/self/task/${task}/children`, "utf8")
+      .split(" ")
+      .filter((pid) => pid !== ""),
   );
 }
 

@@ -114,7 +114,7 @@ export class ScriptedPeer {
   readonly violations: string[] = [];
   /** How many clients connected so far. */
   connections = 0;
-  readonly #options: PeerOptions;
+  #options: PeerOptions;
   readonly #folder: string | undefined;
   readonly #listener: number | undefined;
   readonly #listenWatcher: FdWatcher | undefined;
@@ -204,6 +204,11 @@ export class ScriptedPeer {
   /** Begin to read, when the peer was made `paused`. */
   resume(): void {
     if (this.#client !== undefined && this.#watcher === undefined) this.#watch(this.#client);
+  }
+
+  /** Be another peer from the next message on. */
+  reconfigure(options: PeerOptions): void {
+    this.#options = options;
   }
 
   /** Send whatever it is. */

@@ -69,11 +69,12 @@ export async function live(device: VhostUser): Promise<void> {
 }
 
 /** Whether an error is a VirtioError of this code whose message has `words` in it. */
-export function virtioError(code: VirtioError["code"], words = ""): (error: unknown) => true {
+export function virtioError(code: VirtioError["code"], words: string | RegExp = ""): (error: unknown) => true {
   return (error) => {
     if (!(error instanceof VirtioError)) throw new Error("not a VirtioError", { cause: error });
     if (error.code !== code) throw new Error(`expected ${code}, got ${error.code}: ${error.message}`);
-    if (!error.message.includes(words)) throw new Error(`"${words}" is not in: ${error.message}`);
+    const isThere = typeof words === "string" ? error.message.includes(words) : words.test(error.message);
+    if (!isThere) throw new Error(`"${String(words)}" is not in: ${error.message}`);
     return true;
   };
 }

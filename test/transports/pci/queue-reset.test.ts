@@ -53,7 +53,8 @@ for (const [format, features] of [
       let isOver = false;
       const seen: unknown[] = [];
       fn.onAccess = ({ kind, name }) => {
-        if (kind === "read" && name === "QUEUE_RESET") seen.push([isOver, region.buffer.byteLength > 0, fn.queues.length]);
+        if (kind === "read" && name === "QUEUE_RESET")
+          seen.push([isOver, region.buffer.byteLength > 0, fn.queues.length]);
       };
       const resetting = device.resetQueue(0).then(() => (isOver = true));
       await assert.rejects(device.enableQueue(place(region, 0, 8, packed, 65_536)), /was not reset/);
