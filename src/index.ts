@@ -7,21 +7,36 @@ export {
   type BlockEvents,
   type BlockInfo,
   type BlockRange,
+  type BlockStats,
   type BlkLimits,
   type CacheMode,
+  type CallOptions,
+  type CloseOptions,
   type CompletionMode,
   type DataSegment,
+  type ErrorCounts,
   type HandOverOptions,
   type Memory,
   type OpenBlockOptions,
+  type QueueStats,
   type ReadResult,
   type ReconnectAttempt,
   type ReconnectOutcome,
   type TransferOptions,
+  type VectorOptions,
   VirtioBlkQueue,
   type VirtioBlkQueueOptions,
   type WriteResult,
+  type WriteZeroesOptions,
 } from "./devices/blk/index.js";
+export type {
+  DeviceMessage,
+  DiagnosticMessages,
+  OpenMessage,
+  QueueMessage,
+  RequestMessage,
+  RequestOutcome,
+} from "./diagnostics.js";
 export { ERR_VIRTIO_ARGUMENT, VirtioError, type VirtioErrorCode, type VirtioErrorDetails } from "./errors.js";
 export { BufferPool, DeviceBuffer, IovaSpace, MemoryRegion } from "./memory/index.js";
 export {

@@ -10,12 +10,13 @@ const SRC = fileURLToPath(new URL("../../src/", import.meta.url));
 const MAX_LINES = 600;
 
 const PURE = ["errors", "size"];
-const DRIVER_FLOORS = [...PURE, "sys", "memory", "virtqueue", "protocol"];
+const DRIVER_FLOORS = [...PURE, "diagnostics", "sys", "memory", "virtqueue", "protocol"];
 
 /** What each room may import beside itself; a lower floor never imports a higher one. */
 const MAY_IMPORT: Readonly<Record<string, readonly string[]>> = {
   errors: [],
   size: ["errors"],
+  diagnostics: ["errors"],
   sys: PURE,
   memory: [...PURE, "sys"],
   virtqueue: PURE,

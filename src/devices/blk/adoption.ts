@@ -84,8 +84,8 @@ export class AdoptedControl implements BlkControl {
   onLost: ((error: Error) => void) | undefined;
   /** Called with the config space whenever the opener has read it, and whether the device had changed it. */
   onConfig: ((config: BlkConfig, isChanged: boolean) => void) | undefined;
-  /** Called when the opener closes the device and waits for the queues. */
-  onClosing: ((error: VirtioError) => void) | undefined;
+  /** Called when the opener closes the device and waits for the queues, for so many milliseconds. */
+  onClosing: ((error: VirtioError, timeout: number) => void) | undefined;
 
   private readonly port: MessagePort;
   private readonly queues: readonly VirtioBlkQueue[];
@@ -161,7 +161,7 @@ export class AdoptedControl implements BlkControl {
         this.onConfig?.(message.config, message.isChanged);
         break;
       case "closing":
-        this.onClosing?.(closedElsewhere(this.address));
+        this.onClosing?.(closedElsewhere(this.address), message.timeout);
         break;
       case "lost":
         this.lose(virtioError(message.error));

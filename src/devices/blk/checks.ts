@@ -3,7 +3,6 @@
 import { checkInteger, rangeError, typeError, VirtioError } from "../../errors.js";
 import { DeviceBuffer, type MemoryRegion } from "../../memory/index.js";
 import { BlkRequestType } from "../../protocol/blk.js";
-import type { Memory } from "./operation.js";
 
 /** What the checks need to know of a disk. */
 export interface Disk {
@@ -26,7 +25,7 @@ export function checkMemory(buffer: unknown, regions: ReadonlySet<MemoryRegion>)
 }
 
 /** Refuse a part of a buffer that is not inside it. */
-export function checkPart(buffer: Memory, offset: number, length: number): void {
+export function checkPart(buffer: { readonly length: number }, offset: number, length: number): void {
   const end = buffer.length;
   if (Number.isSafeInteger(offset) && offset >= 0 && offset <= end && offset + length <= end) return;
   checkInteger("offset", offset, 0, end);

@@ -1,8 +1,11 @@
 /** A virtio-blk device as Node people expect one: promises, FileHandle-like reads and writes, `await using`. */
 
+import { setImmediate as nextTurn } from "node:timers/promises";
+import { isDeepStrictEqual } from "node:util";
 import type { MessagePort } from "node:worker_threads";
-import { checkOptions, typeError, VirtioError } from "../../errors.js";
-import { type BufferPool, DeviceBuffer, type MemoryRegion } from "../../memory/index.js";
+import { publish } from "../../diagnostics.js";
+import { typeError, VirtioError } from "../../errors.js";
+import type { BufferPool, DeviceBuffer, MemoryRegion } from "../../memory/index.js";
 import {
   BLK_CONFIG_WRITEBACK_OFFSET,
   BLK_ID_SIZE,
@@ -17,21 +20,30 @@ import {
 } from "../../protocol/blk.js";
 import type { VirtioTransport } from "../../transports/transport.js";
 import { isPowerOfTwo } from "../../virtqueue/index.js";
+import type { CompletionMode } from "../completion.js";
 import { adoptQueues } from "./adoption.js";
-import { checkMemory, checkPart, checkRange } from "./checks.js";
+import { BlockCalls } from "./calls.js";
+import { pollConfig } from "./config-poll.js";
 import { type DeviceCalls, DRAIN_TIMEOUT, forgetDrop, keepFor, lostError, watchForDrop, weakly } from "./dropped.js";
 import { BlockEmitter } from "./events.js";
 import { Handovers } from "./handover.js";
 import { type BlockInfo, describeDevice } from "./info.js";
 import { type BlkControl, type BlkMemory, negotiateBlk, readBlkConfig, startBlkQueues } from "./negotiate.js";
-import { ControlOperation, type Memory, stretchOf, TransferOperation } from "./operation.js";
-import { checkOpenOptions, checkSignal, checkTransferOptions, NO_OPTIONS, rangeList } from "./options.js";
-import type { AdoptOptions, BlockRange, HandOverOptions, OpenBlockOptions, TransferOptions } from "./options.js";
-import type { CompletionMode } from "../completion.js";
+import type { Memory } from "./operation.js";
+import { checkCallOptions, checkOpenOptions, closeTimeout, NO_OPTIONS } from "./options.js";
+import type {
+  AdoptOptions,
+  BlockRange,
+  CallOptions,
+  CloseOptions,
+  HandOverOptions,
+  OpenBlockOptions,
+} from "./options.js";
+import type { TransferOptions, VectorOptions, WriteZeroesOptions } from "./options.js";
 import type { VirtioBlkQueue } from "./queue.js";
 import { BlkRecovery, checkReconnect } from "./recovery.js";
-import { discardRequests, type SegmentLimits } from "./ranges.js";
 import { type ReadResult, Scheduler, type WriteResult } from "./scheduler.js";
+import { type BlockStats, blockStats } from "./stats.js";
 
 /** What others tell a device. Set by the class below. */
 let Calls: DeviceCalls<BlockDevice>;
@@ -69,6 +81,7 @@ export class BlockDevice extends BlockEmitter {
   private readonly transport: BlkControl;
   private readonly allQueues: readonly VirtioBlkQueue[];
   private readonly scheduler: Scheduler;
+  private readonly calls: BlockCalls;
   private readonly handovers: Handovers;
   private readonly recovery: BlkRecovery;
   private readonly pool: BufferPool;
@@ -76,8 +89,7 @@ export class BlockDevice extends BlockEmitter {
   private readonly regions: ReadonlySet<MemoryRegion>;
   private readonly openOptions: OpenBlockOptions;
   private currentConfig: BlkConfig;
-  /** The config's capacity once converted: a bigint costs as much as the rest of the checks of a request. */
-  private capacityBytes: number;
+  private endPoll: () => void = () => {};
   private closing: Promise<void> | undefined = undefined;
   private isStopping = false;
 
@@ -91,11 +103,14 @@ export class BlockDevice extends BlockEmitter {
     try {
       checkOpenOptions(options);
       checkReconnect(transport, options);
+      checkPoll(transport, options);
       const features = await negotiateBlk(transport, options);
       const config = await readBlkConfig(transport, features, options);
       const memory = await startBlkQueues(transport, config, options);
       const device = new BlockDevice(transport, config, memory, options);
       transport.onConfigChange = weakly(device, Calls.refresh);
+      if (options.configPoll !== undefined) device.endPoll = pollConfig(device, options.configPoll, Calls.look);
+      device.tellOpen(false);
       return device;
     } catch (error) {
       // Why it could not be opened matters more than whether what stands behind it ended well.
@@ -120,6 +135,7 @@ export class BlockDevice extends BlockEmitter {
     control.onConfig = weakly(device, Calls.configure);
     control.onClosing = weakly(device, Calls.closing);
     control.start();
+    device.tellOpen(true);
     return device;
   }
 
@@ -129,25 +145,32 @@ export class BlockDevice extends BlockEmitter {
     this.address = transport.address;
     this.features = transport.features;
     this.currentConfig = config;
-    this.capacityBytes = Number(config.capacity) * SECTOR_SIZE;
     this.allQueues = memory.queues;
     this.pool = memory.pool;
     this.bounce = memory.bounce;
     this.regions = memory.regions;
-    this.openOptions = options;
+    // The signal of opening has no say in what comes later.
+    const { signal, ...lasting } = options;
+    void signal;
+    this.openOptions = lasting;
     const { blkSize } = config;
     this.blockSize = blkSize !== undefined && blkSize >= SECTOR_SIZE && isPowerOfTwo(blkSize) ? blkSize : SECTOR_SIZE;
-    this.readOnly = options.readOnly === true || this.has(BlkFeature.RO);
+    this.readOnly = options.readOnly === true || (transport.features & BlkFeature.RO) !== 0n;
     this.scheduler = new Scheduler(memory.queues, this.bounce, weakly(this, Calls.lose));
+    const { address, features, blockSize, readOnly, scheduler } = this;
+    const { queues, regions } = memory;
+    // Converted once: a bigint costs as much as the rest of the checks of a request.
+    const capacity = Number(config.capacity) * SECTOR_SIZE;
+    this.calls = new BlockCalls({ address, blockSize, readOnly, capacity }, { scheduler, queues, regions, features });
     this.handovers = new Handovers(transport, memory, this.scheduler, config, {
-      options,
-      ended: () => this.ended,
+      options: lasting,
+      ended: () => this.calls.ended,
       refresh: () => this.refresh(),
       lose: (error) => this.lose(error),
     });
     transport.onLost = weakly(this, Calls.lose);
     this.recovery = new BlkRecovery(config, {
-      ...{ features: this.features, options, queues: memory.queues, scheduler: this.scheduler },
+      ...{ features, options: lasting, queues, scheduler },
       calls: {
         disconnected: weakly(this, Calls.disconnected),
         reconnecting: weakly(this, Calls.reconnecting),
@@ -162,11 +185,12 @@ export class BlockDevice extends BlockEmitter {
   // Not in the constructor, whose closures would keep the device: see weakly().
   static {
     Calls = {
-      lose: (device, error) => device.lose(error),
+      lose: (device, error, queue) => device.lose(error, queue),
       configure: (device, latest, isChanged) => device.configure(latest, isChanged),
-      closing: (device, error) => {
+      look: (device) => device.lookForChange(),
+      closing: (device, error, timeout) => {
         if (device.closing !== undefined) return;
-        void device.close();
+        void device.close({ timeout });
         device.tell("lost", error);
       },
       refresh: (device) => void device.followConfig(),
@@ -185,7 +209,7 @@ export class BlockDevice extends BlockEmitter {
 
   /** Size of the disk in bytes. */
   get capacity(): number {
-    return this.capacityBytes;
+    return this.calls.capacity;
   }
 
   /** The device's config space, as far as the accepted features reach. */
@@ -207,6 +231,22 @@ export class BlockDevice extends BlockEmitter {
     this.scheduler.setMode(mode);
   }
 
+  /**
+   * Figures of this moment: requests, failures, memory.
+   *
+   * @example
+   * ```ts
+   * import { openBlock } from "virtio-driver";
+   * await using disk = await openBlock("ram:1M");
+   * await disk.read(new Uint8Array(512));
+   * const [{ submitted, completed, inFlight }] = disk.stats().queues;
+   * console.log(submitted, completed, inFlight); // 1 1 0
+   * ```
+   */
+  stats(): BlockStats {
+    return blockStats(this.allQueues, this.scheduler, [this.pool, this.bounce], this.recovery.count);
+  }
+
   /** Requests in flight, and calls that wait for room. */
   get pending(): number {
     return this.scheduler.pending;
@@ -218,9 +258,15 @@ export class BlockDevice extends BlockEmitter {
    * @param length - bytes. What they hold is not cleared.
    * @throws VirtioError ERR_VIRTIO_MEMORY when the device takes no more memory, ERR_VIRTIO_CLOSED after `close`.
    */
-  async allocate(length: number): Promise<DeviceBuffer> {
-    this.throwIfEnded();
-    return this.pool.allocate(length);
+  async allocate(length: number, options: CallOptions = NO_OPTIONS): Promise<DeviceBuffer> {
+    checkCallOptions(options);
+    this.calls.throwIfEnded();
+    return this.calls.within(
+      `allocate of ${length} bytes`,
+      options,
+      () => this.pool.allocate(length),
+      (buffer) => buffer.release(),
+    );
   }
 
   /**
@@ -228,10 +274,10 @@ export class BlockDevice extends BlockEmitter {
    *
    * @returns `bytesRead`, less than asked for only when the device delivered less, and the buffer.
    * @throws RangeError for a range outside the disk or the buffer, or one that is not of whole blocks.
-   *   VirtioError ERR_VIRTIO_IO when the device fails the request.
+   *   VirtioError ERR_VIRTIO_IO when the device fails the request, ERR_VIRTIO_TIMEOUT after `timeout`.
    */
   read<M extends Memory>(buffer: M, options: TransferOptions = NO_OPTIONS): Promise<ReadResult<M>> {
-    return this.transfer(BlkRequestType.IN, buffer, options) as Promise<ReadResult<M>>;
+    return this.calls.transfer(BlkRequestType.IN, buffer, options) as Promise<ReadResult<M>>;
   }
 
   /**
@@ -240,39 +286,31 @@ export class BlockDevice extends BlockEmitter {
    * @throws as {@link read}; VirtioError ERR_VIRTIO_READ_ONLY for a read-only disk.
    */
   write<M extends Memory>(buffer: M, options: TransferOptions = NO_OPTIONS): Promise<WriteResult<M>> {
-    return this.transfer(BlkRequestType.OUT, buffer, options) as Promise<WriteResult<M>>;
+    return this.calls.transfer(BlkRequestType.OUT, buffer, options) as Promise<WriteResult<M>>;
   }
 
   /** Read consecutive bytes into several buffers, in order. Together they are of whole blocks. */
   async readv<M extends Memory>(
     buffers: readonly M[],
-    options: Pick<TransferOptions, "position" | "signal"> = NO_OPTIONS,
+    options: VectorOptions = NO_OPTIONS,
   ): Promise<{ readonly bytesRead: number; readonly buffers: readonly M[] }> {
-    const operation = this.vectorOperation(BlkRequestType.IN, buffers, options);
-    await this.run(operation, options.signal);
-    return { bytesRead: operation.transferred, buffers };
+    return { bytesRead: await this.calls.transferVector(BlkRequestType.IN, buffers, options), buffers };
   }
 
   /** Write several buffers to consecutive bytes, in order. Together they are of whole blocks. */
   async writev<M extends Memory>(
     buffers: readonly M[],
-    options: Pick<TransferOptions, "position" | "signal"> = NO_OPTIONS,
+    options: VectorOptions = NO_OPTIONS,
   ): Promise<{ readonly bytesWritten: number; readonly buffers: readonly M[] }> {
-    const operation = this.vectorOperation(BlkRequestType.OUT, buffers, options);
-    await this.run(operation, options.signal);
-    return { bytesWritten: operation.transferred, buffers };
+    return { bytesWritten: await this.calls.transferVector(BlkRequestType.OUT, buffers, options), buffers };
   }
 
   /**
    * Make every write that has completed before this call stable. A device without the FLUSH request has nothing
    * to offer here: then it resolves at once, and `info.cache` says what is known.
    */
-  async flush(options: { readonly signal?: AbortSignal } = NO_OPTIONS): Promise<void> {
-    checkOptions("options", options, ["signal"]);
-    checkSignal(options.signal);
-    this.throwIfEnded();
-    if (!this.has(BlkFeature.FLUSH)) return;
-    await this.run(new ControlOperation(BlkRequestType.FLUSH, [new Uint8Array(0)], false), options.signal);
+  async flush(options: CallOptions = NO_OPTIONS): Promise<void> {
+    await this.calls.flush(options);
   }
 
   /**
@@ -280,9 +318,9 @@ export class BlockDevice extends BlockEmitter {
    *
    * @throws VirtioError ERR_VIRTIO_UNSUPPORTED when the device has no DISCARD.
    */
-  async discard(ranges: BlockRange | readonly BlockRange[]): Promise<void> {
-    const { discard: limits } = this.config;
-    await this.changeRanges("DISCARD", BlkRequestType.DISCARD, limits, ranges, false);
+  async discard(ranges: BlockRange | readonly BlockRange[], options: CallOptions = NO_OPTIONS): Promise<void> {
+    checkCallOptions(options);
+    await this.calls.changeRanges("discard", this.config.discard, ranges, options);
   }
 
   /**
@@ -293,13 +331,12 @@ export class BlockDevice extends BlockEmitter {
    */
   async writeZeroes(
     ranges: BlockRange | readonly BlockRange[],
-    options: { readonly unmap?: boolean } = NO_OPTIONS,
+    options: WriteZeroesOptions = NO_OPTIONS,
   ): Promise<void> {
-    checkOptions("options", options, ["unmap"]);
+    checkCallOptions(options, "unmap");
     const { unmap = false } = options;
     if (typeof unmap !== "boolean") throw typeError("unmap", "a boolean", unmap);
-    const { writeZeroes: limits } = this.config;
-    await this.changeRanges("WRITE_ZEROES", BlkRequestType.WRITE_ZEROES, limits, ranges, unmap);
+    await this.calls.changeRanges("writeZeroes", this.config.writeZeroes, ranges, options, unmap);
   }
 
   /**
@@ -307,9 +344,9 @@ export class BlockDevice extends BlockEmitter {
    *
    * @throws VirtioError ERR_VIRTIO_UNSUPPORTED when the device has no SECURE_ERASE.
    */
-  async secureErase(ranges: BlockRange | readonly BlockRange[]): Promise<void> {
-    const { secureErase: limits } = this.config;
-    await this.changeRanges("SECURE_ERASE", BlkRequestType.SECURE_ERASE, limits, ranges, false);
+  async secureErase(ranges: BlockRange | readonly BlockRange[], options: CallOptions = NO_OPTIONS): Promise<void> {
+    checkCallOptions(options);
+    await this.calls.changeRanges("secureErase", this.config.secureErase, ranges, options);
   }
 
   /**
@@ -317,8 +354,9 @@ export class BlockDevice extends BlockEmitter {
    *
    * @throws VirtioError ERR_VIRTIO_UNSUPPORTED when the device does not say.
    */
-  async getId(): Promise<string> {
-    return decodeBlkId(await this.ask(BlkRequestType.GET_ID, BLK_ID_SIZE));
+  async getId(options: CallOptions = NO_OPTIONS): Promise<string> {
+    checkCallOptions(options);
+    return decodeBlkId(await this.calls.ask("getId", BlkRequestType.GET_ID, BLK_ID_SIZE, options));
   }
 
   /**
@@ -326,9 +364,11 @@ export class BlockDevice extends BlockEmitter {
    *
    * @throws VirtioError ERR_VIRTIO_UNSUPPORTED when LIFETIME was not negotiated.
    */
-  async getLifetime(): Promise<BlkLifetime> {
-    this.requireFeature("GET_LIFETIME", BlkFeature.LIFETIME);
-    return decodeBlkLifetime(await this.ask(BlkRequestType.GET_LIFETIME, BLK_LIFETIME_SIZE));
+  async getLifetime(options: CallOptions = NO_OPTIONS): Promise<BlkLifetime> {
+    checkCallOptions(options);
+    this.calls.requireFeature("GET_LIFETIME", BlkFeature.LIFETIME);
+    const { GET_LIFETIME } = BlkRequestType;
+    return decodeBlkLifetime(await this.calls.ask("getLifetime", GET_LIFETIME, BLK_LIFETIME_SIZE, options));
   }
 
   /**
@@ -337,18 +377,22 @@ export class BlockDevice extends BlockEmitter {
    * @returns the mode that the device is in now.
    * @throws VirtioError ERR_VIRTIO_UNSUPPORTED when CONFIG_WCE was not negotiated.
    */
-  async setWriteback(enabled: boolean): Promise<boolean> {
-    this.requireFeature("the writeback field", BlkFeature.CONFIG_WCE);
+  async setWriteback(enabled: boolean, options: CallOptions = NO_OPTIONS): Promise<boolean> {
+    checkCallOptions(options);
+    this.calls.requireFeature("the writeback field", BlkFeature.CONFIG_WCE);
     if (typeof enabled !== "boolean") throw typeError("enabled", "a boolean", enabled);
-    await this.transport.writeConfig(BLK_CONFIG_WRITEBACK_OFFSET, Uint8Array.of(enabled ? 1 : 0));
-    await this.refresh();
-    return this.currentConfig.writeback === true;
+    return this.calls.within("setWriteback", options, async () => {
+      await this.transport.writeConfig(BLK_CONFIG_WRITEBACK_OFFSET, Uint8Array.of(enabled ? 1 : 0));
+      this.calls.throwIfEnded();
+      return (await this.readConfig(false)).writeback === true;
+    });
   }
 
   /** Read the config space again. The events tell of another size of the disk, if it has one. */
-  async refresh(): Promise<BlkConfig> {
-    this.throwIfEnded();
-    return this.readConfig(false);
+  async refresh(options: CallOptions = NO_OPTIONS): Promise<BlkConfig> {
+    checkCallOptions(options);
+    this.calls.throwIfEnded();
+    return this.calls.within("refresh", options, () => this.readConfig(false));
   }
 
   /**
@@ -366,7 +410,7 @@ export class BlockDevice extends BlockEmitter {
    * @throws VirtioError ERR_VIRTIO_QUEUES when calls are pending, or every queue was taken already.
    */
   takeQueue(): VirtioBlkQueue {
-    this.throwIfEnded();
+    this.calls.throwIfEnded();
     const queue = this.scheduler.takeQueue();
     keepFor(queue, this);
     return queue;
@@ -390,12 +434,14 @@ export class BlockDevice extends BlockEmitter {
    * In a thread that adopted its queues: wait for what is pending, then give them back.
    * Idempotent: a second call waits for the first.
    *
+   * @param options - `timeout`: how long to wait for what is pending instead, in milliseconds.
    * @throws VirtioError ERR_VIRTIO_BACKEND when the embedded back-end of a `ram:` or `file:` address could not
    *   flush, or had ended before. Everything is released all the same.
    */
-  close(): Promise<void> {
-    this.closing ??= this.shutDown();
-    return this.closing;
+  async close(options: CloseOptions = NO_OPTIONS): Promise<void> {
+    const timeout = closeTimeout(options, DRAIN_TIMEOUT);
+    this.closing ??= this.shutDown(timeout);
+    await this.closing;
   }
 
   /** Same as {@link close}: `await using disk = await openBlock(…)`. */
@@ -403,12 +449,14 @@ export class BlockDevice extends BlockEmitter {
     return this.close();
   }
 
-  private async shutDown(): Promise<void> {
+  private async shutDown(timeout: number): Promise<void> {
+    this.calls.isClosing = true;
     forgetDrop(this);
+    this.endPoll();
     try {
       if (this.scheduler.failure === undefined) {
         this.scheduler.setMode("event");
-        await Promise.all([this.scheduler.idle(DRAIN_TIMEOUT), this.handovers.callBack(DRAIN_TIMEOUT)]);
+        await Promise.all([this.scheduler.idle(timeout), this.handovers.callBack(timeout)]);
       }
     } finally {
       // Also when there was no descriptor left to wait with.
@@ -426,6 +474,7 @@ export class BlockDevice extends BlockEmitter {
       await this.transport.close();
     } finally {
       this.endAll(closed);
+      publish("virtio:device:close", { address: this.address, dropped: false });
     }
   }
 
@@ -436,9 +485,13 @@ export class BlockDevice extends BlockEmitter {
     this.bounce.close();
   }
 
-  private lose(cause: unknown): void {
+  /** @param queue - index of the queue that broke, when one did. */
+  private lose(cause: unknown, queue?: number): void {
     if (this.isStopping || this.scheduler.failure !== undefined) return;
     const error = lostError(this.address, cause);
+    const { address } = this;
+    if (queue !== undefined) publish("virtio:queue:broken", { address, queue, error });
+    this.endPoll();
     this.transport.report?.(error);
     this.endAll(error);
     // Whoever called `close` knows already that the device is no more.
@@ -455,144 +508,52 @@ export class BlockDevice extends BlockEmitter {
     }
   }
 
-  private async readConfig(isChanged: boolean): Promise<BlkConfig> {
+  /** Nobody tells of changes: find out. A device that is gone is told by others. */
+  private async lookForChange(): Promise<void> {
+    try {
+      await this.readConfig(undefined);
+    } catch (error) {
+      // Its transport may be about to say that it is lost.
+      await nextTurn();
+      if (this.calls.ended === undefined && !this.recovery.isAway) throw error;
+    }
+  }
+
+  /** @param isChanged - whether the device said so; undefined when it is to be found out. */
+  private async readConfig(isChanged: boolean | undefined): Promise<BlkConfig> {
     const config = await readBlkConfig(this.transport, this.features, this.openOptions);
-    this.handovers.tellConfig(config, isChanged);
-    this.configure(config, isChanged);
+    const isNews = isChanged ?? !isDeepStrictEqual(config, this.currentConfig);
+    this.handovers.tellConfig(config, isNews);
+    this.configure(config, isNews);
     return config;
   }
 
   /** Go on with another config. Listeners hear of it when the device changed it, or the size at least. */
   private configure(config: BlkConfig, isChanged: boolean): void {
-    const previous = this.capacityBytes;
+    const { calls } = this;
+    const previous = calls.capacity;
     const capacity = Number(config.capacity) * SECTOR_SIZE;
     this.currentConfig = config;
     this.recovery.config = config;
-    this.capacityBytes = capacity;
+    calls.capacity = capacity;
     for (const queue of this.allQueues) queue.capacity = capacity / SECTOR_SIZE;
-    if (this.ended !== undefined) return;
+    if (capacity < previous) this.scheduler.refuseBeyond(capacity);
+    if (calls.ended !== undefined) return;
     if (isChanged || capacity !== previous) this.tell("config", config);
     if (capacity !== previous) this.tell("resize", capacity, previous);
   }
 
-  private has(feature: bigint): boolean {
-    return (this.features & feature) !== 0n;
+  private tellOpen(adopted: boolean): void {
+    const { address, capacity, blockSize, readOnly, format, queues, queueSize, offered, features } = this.info;
+    publish("virtio:device:open", {
+      ...{ address, adopted, capacity, blockSize, readOnly, format, queues, queueSize, mode: this.mode },
+      ...{ offered, features, regions: Array.from(this.regions, ({ iova, size }) => ({ iova, size })) },
+    });
   }
+}
 
-  private throwIfEnded(): void {
-    const ended = this.ended;
-    if (ended !== undefined) throw ended;
-  }
-
-  private get ended(): VirtioError | undefined {
-    if (this.scheduler.failure !== undefined) return this.scheduler.failure;
-    if (this.closing === undefined) return undefined;
-    return new VirtioError("ERR_VIRTIO_CLOSED", `${this.address} is closed; open it again`);
-  }
-
-  private transfer(
-    type: number,
-    buffer: Memory,
-    options: TransferOptions,
-  ): Promise<ReadResult<Memory> | WriteResult<Memory>> {
-    try {
-      checkTransferOptions(options);
-      checkMemory(buffer, this.regions);
-      const { position = 0, offset = 0, signal } = options;
-      const length = options.length ?? buffer.length - offset;
-      checkSignal(signal);
-      checkPart(buffer, offset, length);
-      this.throwIfEnded();
-      checkRange(this, type, position, length);
-      const { scheduler } = this;
-      if (buffer instanceof DeviceBuffer && signal === undefined && !scheduler.isBacklogged && this.fits(length)) {
-        const promise = scheduler.transfer(type, position / SECTOR_SIZE, buffer, offset, length);
-        if (promise !== undefined) return promise;
-      }
-      return this.transferLater(type, buffer, position, offset, length, signal);
-    } catch (error) {
-      return Promise.reject(error);
-    }
-  }
-
-  private async transferLater(
-    type: number,
-    buffer: Memory,
-    position: number,
-    offset: number,
-    length: number,
-    signal: AbortSignal | undefined,
-  ): Promise<ReadResult<Memory> | WriteResult<Memory>> {
-    const operation = new TransferOperation(type, [stretchOf(buffer, offset, length)], position, this.limits);
-    await this.run(operation, signal);
-    const { transferred } = operation;
-    return type === BlkRequestType.IN ? { bytesRead: transferred, buffer } : { bytesWritten: transferred, buffer };
-  }
-
-  private get limits(): VirtioBlkQueue["limits"] {
-    return this.allQueues[0].limits;
-  }
-
-  private fits(length: number): boolean {
-    const { maxRequestBytes, maxSegmentBytes } = this.limits;
-    return length <= maxSegmentBytes && length <= maxRequestBytes;
-  }
-
-  private vectorOperation(
-    type: number,
-    buffers: readonly Memory[],
-    options: Pick<TransferOptions, "position" | "signal">,
-  ): TransferOperation {
-    checkOptions("options", options, ["position", "signal"]);
-    checkSignal(options.signal);
-    const given: unknown = buffers; // isArray would make any[] of it
-    if (!Array.isArray(given) || given.length === 0) throw typeError("buffers", "an array of buffers", buffers);
-    const { position = 0 } = options;
-    for (const buffer of buffers) checkMemory(buffer, this.regions);
-    const total = buffers.reduce((sum, buffer) => sum + buffer.length, 0);
-    this.throwIfEnded();
-    checkRange(this, type, position, total);
-    const stretches = buffers.filter(({ length }) => length > 0).map((buffer) => stretchOf(buffer, 0, buffer.length));
-    return new TransferOperation(type, stretches, position, this.limits);
-  }
-
-  private run(operation: TransferOperation | ControlOperation, signal: AbortSignal | undefined): Promise<void> {
-    if (signal === undefined) {
-      this.scheduler.enqueue(operation);
-      return operation.promise;
-    }
-    const onAbort = (): void => operation.abort(signal.reason);
-    if (signal.aborted) onAbort();
-    else this.scheduler.enqueue(operation);
-    signal.addEventListener("abort", onAbort, { once: true });
-    return operation.promise.finally(() => signal.removeEventListener("abort", onAbort));
-  }
-
-  private async ask(type: number, length: number): Promise<Uint8Array> {
-    this.throwIfEnded();
-    const answer = new Uint8Array(length);
-    await this.run(new ControlOperation(type, [answer], true), undefined);
-    return answer;
-  }
-
-  private async changeRanges(
-    name: "DISCARD" | "WRITE_ZEROES" | "SECURE_ERASE",
-    type: number,
-    limits: SegmentLimits | undefined,
-    ranges: BlockRange | readonly BlockRange[],
-    unmap: boolean,
-  ): Promise<void> {
-    this.requireFeature(name, BlkFeature[name]);
-    const list = rangeList(ranges);
-    for (const { position, length } of list) checkRange(this, type, position, length);
-    if (list.length === 0 || limits === undefined) return;
-    const requests = discardRequests(list, limits, this.limits.maxRequestBytes, unmap);
-    await this.run(new ControlOperation(type, requests, false), undefined);
-  }
-
-  private requireFeature(what: string, feature: bigint): void {
-    this.throwIfEnded();
-    if (this.has(feature)) return;
-    throw new VirtioError("ERR_VIRTIO_UNSUPPORTED", `${this.address} does not offer ${what}; see info.features`);
-  }
+/** Looking for changes needs a config space to look at. */
+function checkPoll({ address, hasConfig }: VirtioTransport, { configPoll }: OpenBlockOptions): void {
+  if (configPoll === undefined || hasConfig) return;
+  throw new VirtioError("ERR_VIRTIO_CONFIG", `${address} has no config space to look at; leave "configPoll" out`);
 }

@@ -1,5 +1,6 @@
 /** How devices end that were lost, or that nobody closed: these are noticed by the collector, told, and closed. */
 
+import { publish } from "../../diagnostics.js";
 import { VirtioError } from "../../errors.js";
 import type { BlkConfig } from "../../protocol/blk.js";
 import type { ReconnectAttempt, ReconnectOutcome } from "./events.js";
@@ -21,10 +22,11 @@ export interface Remains {
 
 /** What the transport, the scheduler and another thread tell a device `D`. */
 export interface DeviceCalls<D> {
-  readonly lose: (device: D, error: unknown) => void;
+  readonly lose: (device: D, error: unknown, queue?: number) => void;
   readonly refresh: (device: D) => void;
+  readonly look: (device: D) => Promise<void>;
   readonly configure: (device: D, latest: BlkConfig, isChanged: boolean) => void;
-  readonly closing: (device: D, error: VirtioError) => void;
+  readonly closing: (device: D, error: VirtioError, timeout: number) => void;
   readonly disconnected: (device: D, error: VirtioError) => boolean;
   readonly reconnecting: (device: D, attempt: ReconnectAttempt) => void;
   readonly reconnected: (device: D, config: BlkConfig, outcome: ReconnectOutcome) => void;
@@ -50,17 +52,20 @@ export function keepFor(part: object, device: object): void {
 }
 
 /**
- * A callback that does not keep `target` from being collected, and does nothing when it was. `call` must not stand in
+ * A callback that does not keep `target` from being collected, and calls `gone` when it was. `call` must not stand in
  * a function that has closures over the target: closures of one function share what they keep.
  */
 export function weakly<T extends object, A extends unknown[], R>(
   target: T,
   call: (target: T, ...rest: A) => R,
+  gone: () => void = () => {},
 ): (...rest: A) => R | undefined {
   const reference = new WeakRef(target);
   return (...rest) => {
     const found = reference.deref();
-    return found === undefined ? undefined : call(found, ...rest);
+    if (found !== undefined) return call(found, ...rest);
+    gone();
+    return undefined;
   };
 }
 
@@ -90,6 +95,7 @@ async function closeRemains({ transport, scheduler, queues }: Remains): Promise<
     warn(`${address} was dropped and could not be closed well: ${String(error)}`);
   }
   scheduler.fail(closed);
+  publish("virtio:device:close", { address, dropped: true });
 }
 
 function warn(message: string): void {

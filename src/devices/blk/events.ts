@@ -1,6 +1,7 @@
 /** What a block device tells of itself: its events, and how they are emitted without harm to the device. */
 
 import { EventEmitter } from "node:events";
+import { type DiagnosticMessages, publish } from "../../diagnostics.js";
 import type { VirtioError } from "../../errors.js";
 import type { BlkConfig } from "../../protocol/blk.js";
 
@@ -40,13 +41,31 @@ export interface ReconnectOutcome {
   readonly unflushed: number;
 }
 
+type Channel<E extends keyof BlockEvents> = `virtio:device:${E}`;
+
+/** The message of each event for those who watch all devices. */
+const MESSAGES: {
+  readonly [E in keyof BlockEvents]: (address: string, ...values: BlockEvents[E]) => DiagnosticMessages[Channel<E>];
+} = {
+  disconnect: (address, error) => ({ address, error }),
+  reconnecting: (address, { attempt, delay }) => ({ address, attempt, delay }),
+  reconnect: (address, outcome) => ({ address, ...outcome }),
+  config: (address, config) => ({ address, config }),
+  resize: (address, capacity, previous) => ({ address, capacity, previous }),
+  lost: (address, error) => ({ address, error }),
+};
+
 /**
  * The emitter that a block device is. What a listener throws is an uncaught exception, as everywhere in Node, but never
  * in the midst of what the device does.
  */
-export class BlockEmitter extends EventEmitter<BlockEvents> {
-  /** Emit an event. A listener that throws keeps those behind it from hearing of it, and harms nobody else. */
+export abstract class BlockEmitter extends EventEmitter<BlockEvents> {
+  /** The address of the device. */
+  abstract readonly address: string;
+
+  /** Emit an event, and publish it. A listener that throws keeps those behind it from hearing of it, and harms nobody else. */
   protected tell<E extends keyof BlockEvents>(event: E, ...values: BlockEvents[E]): void {
+    publish<Channel<E>>(`virtio:device:${event}`, MESSAGES[event](this.address, ...values));
     try {
       (this as EventEmitter).emit(event, ...values);
     } catch (error) {

@@ -62,8 +62,8 @@ export interface PlainError {
 export type OpenerMessage =
   /** The config space as the opener has read it just now, and whether the device had changed it. */
   | { readonly type: "config"; readonly config: BlkConfig; readonly isChanged: boolean }
-  /** The opener closes the device: end what is in flight and give everything back. */
-  | { readonly type: "closing" }
+  /** The opener closes the device: end what is in flight within so many milliseconds, and give everything back. */
+  | { readonly type: "closing"; readonly timeout: number }
   /** The device is no more. */
   | { readonly type: "lost"; readonly error: PlainError }
   /** Answers an `ask`: with bytes when it was a read, with an error when it failed. */

@@ -114,7 +114,7 @@ export class Handovers {
    * queues back. Resolves when all that adopted some have done so, or a little later.
    */
   async callBack(timeout: number): Promise<void> {
-    this.tellAll({ type: "closing" });
+    this.tellAll({ type: "closing", timeout });
     for (const handover of this.out) {
       let next = receiveMessageOnPort(handover.port);
       for (; next !== undefined; next = receiveMessageOnPort(handover.port)) {

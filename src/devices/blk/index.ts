@@ -5,7 +5,17 @@ export type { BlockEvents, ReconnectAttempt, ReconnectOutcome } from "./events.j
 export type { BlockInfo, CacheMode } from "./info.js";
 export type { BlkLimits } from "./limits.js";
 export type { Memory } from "./operation.js";
-export type { AdoptOptions, BlockRange, HandOverOptions, OpenBlockOptions, TransferOptions } from "./options.js";
+export type {
+  AdoptOptions,
+  BlockRange,
+  CallOptions,
+  CloseOptions,
+  HandOverOptions,
+  OpenBlockOptions,
+} from "./options.js";
+export type { TransferOptions, VectorOptions, WriteZeroesOptions } from "./options.js";
 export type { CompletionMode } from "../completion.js";
 export { type DataSegment, VirtioBlkQueue, type VirtioBlkQueueOptions } from "./queue.js";
 export type { ReadResult, WriteResult } from "./scheduler.js";
+export type { BlockStats, QueueStats } from "./stats.js";
+export type { ErrorCounts } from "./tally.js";

@@ -2,9 +2,10 @@
 
 import { DeviceBuffer } from "../../memory/index.js";
 import { BlkRequestType, SECTOR_SIZE } from "../../protocol/blk.js";
+import { beyondEnd } from "./checks.js";
 import type { BlkLimits } from "./limits.js";
+import type { BlockRange } from "./options.js";
 import type { DataSegment } from "./queue.js";
-import { blkError } from "./status.js";
 
 /** One request of an {@link Operation}, in the slot of a queue. */
 export interface Part {
@@ -40,6 +41,7 @@ export function stretchOf(memory: Memory, offset: number, length: number): Stret
     : { bytes: memory.subarray(offset, offset + length), lent: undefined };
 }
 
+const NO_RANGES: readonly BlockRange[] = [];
 /** Bytes that one request carries for a caller whose memory the device cannot reach. */
 const BOUNCE_BYTES = 1024 * 1024;
 
@@ -50,6 +52,8 @@ const BOUNCE_BYTES = 1024 * 1024;
 export abstract class Operation {
   /** `BlkRequestType` of its requests. */
   readonly type: number;
+  /** What it touches of the disk. */
+  private readonly ranges: readonly BlockRange[];
   /** Resolves or rejects when every part has come back; rejects at once when aborted. */
   readonly promise: Promise<void>;
   /** Whether every request was handed to a queue, or no more shall be. */
@@ -62,8 +66,9 @@ export abstract class Operation {
   private readonly resolve: () => void;
   private readonly reject: (error: unknown) => void;
 
-  protected constructor(type: number) {
+  protected constructor(type: number, ranges: readonly BlockRange[]) {
     this.type = type;
+    this.ranges = ranges;
     let resolve: () => void = () => {};
     let reject: (error: unknown) => void = () => {};
     this.promise = new Promise<void>((yes, no) => {
@@ -93,11 +98,11 @@ export abstract class Operation {
     this.advance(part);
   }
 
-  /** A request came back. Data are handed over only for status OK, and only as far as the device wrote. */
-  partDone(part: Part, status: number, written: number): void {
+  /** A request came back, failed or not. Data are handed over only as far as the device wrote. */
+  partDone(part: Part, failure: Error | undefined, written: number): void {
     this.outstanding--;
-    if (status !== 0) {
-      this.failure ??= blkError(this.type, status);
+    if (failure !== undefined) {
+      this.failure ??= failure;
       this.allSubmitted = true;
     } else if (!this.isSettled) {
       this.deliver(part, Math.max(0, Math.min(part.length, written - 1)));
@@ -113,6 +118,14 @@ export abstract class Operation {
     this.isSettled = true;
     this.letGo();
     this.reject(error);
+  }
+
+  /** End an operation that wants bytes behind the end of a disk of this size; returns whether it does. */
+  refuseBeyond(capacity: number): boolean {
+    const outside = this.ranges.find(({ position, length }) => position + length > capacity);
+    if (outside === undefined || this.isSettled) return false;
+    this.abort(beyondEnd(capacity, outside.position, outside.length));
+    return true;
   }
 
   /** Settle when nothing is in flight and nothing is to come. */
@@ -151,11 +164,12 @@ export class TransferOperation extends Operation {
    * @param position - first byte on the disk, a multiple of 512.
    */
   constructor(type: number, memory: readonly Stretch[], position: number, limits: BlkLimits) {
-    super(type);
+    const total = memory.reduce((sum, piece) => sum + piece.bytes.length, 0);
+    super(type, [{ position, length: total }]);
     this.position = position;
     this.limits = limits;
     this.memory = memory;
-    this.total = memory.reduce((sum, piece) => sum + piece.bytes.length, 0);
+    this.total = total;
     this.end = this.total;
     this.pieces = lentPieces(memory, limits, this.total);
     // Until the promise is settled data may be copied from or to it, so nobody else may get the memory.
@@ -211,9 +225,15 @@ export class ControlOperation extends Operation {
   /**
    * @param requests - the data of one request after the other: to be sent, or to be filled by the device.
    * @param answers - whether the device writes the data.
+   * @param ranges - what the requests touch of the disk.
    */
-  constructor(type: number, requests: readonly Uint8Array[], answers: boolean) {
-    super(type);
+  constructor(
+    type: number,
+    requests: readonly Uint8Array[],
+    answers: boolean,
+    ranges: readonly BlockRange[] = NO_RANGES,
+  ) {
+    super(type, ranges);
     this.requests = requests;
     this.answers = answers;
   }

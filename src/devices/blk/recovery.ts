@@ -1,5 +1,6 @@
 /** How a block device goes on when another back-end has taken the place of the one that it was opened on. */
 
+import { publish } from "../../diagnostics.js";
 import { VirtioError } from "../../errors.js";
 import { BLK_CONFIG_WRITEBACK_OFFSET, type BlkConfig, BlkFeature } from "../../protocol/blk.js";
 import type { Recovery, ReturnedDevice, VirtioTransport } from "../../transports/transport.js";
@@ -94,7 +95,13 @@ export class BlkRecovery implements Recovery {
     this.latest = config;
     const bases = queues.map((queue) => queue.settle());
     const { tracked } = device;
-    const replayed = queues.reduce((sum, queue) => sum + (tracked ? queue.inFlight : scheduler.replay(queue)), 0);
+    let replayed = 0;
+    for (const queue of queues) {
+      const count = tracked ? queue.inFlight : scheduler.replay(queue);
+      replayed += count;
+      if (count === 0) continue;
+      publish("virtio:queue:replay", { address: device.address, queue: queue.index, replayed: count, tracked });
+    }
     const isCached = (features & BlkFeature.FLUSH) !== 0n && config.writeback !== false;
     this.outcome = { replayed, tracked, unflushed: isCached ? scheduler.unflushed : 0 };
     return tracked ? bases : bases.map(() => undefined);

@@ -2,11 +2,12 @@
 
 import { VirtioError } from "../../errors.js";
 import type { BufferPool, DeviceBuffer } from "../../memory/index.js";
-import { BLK_STATUS_UNWRITTEN, BlkRequestType } from "../../protocol/blk.js";
+import { BlkRequestType } from "../../protocol/blk.js";
 import type { NextRequest, Operation, Part } from "./operation.js";
 import type { CompletionMode } from "../completion.js";
 import type { VirtioBlkQueue } from "./queue.js";
 import { blkError } from "./status.js";
+import { ErrorTally } from "./tally.js";
 
 /** What a read resolves to. */
 export interface ReadResult<M> {
@@ -95,8 +96,12 @@ export class Scheduler {
   private readonly slots: Slots[];
   private readonly taken: VirtioBlkQueue[] = [];
   private readonly bounce: BufferPool;
-  private readonly lose: (error: VirtioError) => void;
-  private readonly waiting: Operation[] = [];
+  private readonly lose: (error: VirtioError, queue?: number) => void;
+  /** Failures of requests, and of operations that waited. */
+  readonly errors = new ErrorTally();
+  private waiting: Operation[] = [];
+  /** Some that wait are settled, and wait for nothing. */
+  private hasSettled = false;
   private readonly take = (length: number): DeviceBuffer | undefined => this.bounce.tryAllocate(length);
   private readonly flushLater = (): void => this.flush();
   private turn = 0;
@@ -111,9 +116,13 @@ export class Scheduler {
 
   /**
    * @param bounce - memory for callers whose own the device cannot reach.
-   * @param lose - called when a queue cannot go on; expected to call {@link fail}.
+   * @param lose - called when a queue cannot go on, with its index; expected to call {@link fail}.
    */
-  constructor(queues: readonly VirtioBlkQueue[], bounce: BufferPool, lose: (error: VirtioError) => void) {
+  constructor(
+    queues: readonly VirtioBlkQueue[],
+    bounce: BufferPool,
+    lose: (error: VirtioError, queue?: number) => void,
+  ) {
     this.bounce = bounce;
     this.lose = lose;
     this.slots = queues.map((queue) => this.attach(queue));
@@ -210,13 +219,15 @@ export class Scheduler {
   /** Reap completions on all queues and go on with what waits. Returns how many requests completed. */
   poll(): number {
     let count = 0;
-    try {
-      for (const slots of this.slots) count += slots.queue.poll();
-    } catch (error) {
-      const fatal = asFatal(error);
-      // A device that is gone may come back; the transport tells when it does not.
-      if (fatal.code !== "ERR_VIRTIO_DISCONNECTED") this.lose(fatal);
-      throw error;
+    for (const { queue } of this.slots) {
+      try {
+        count += queue.poll();
+      } catch (error) {
+        const fatal = asFatal(error);
+        // A device that is gone may come back; the transport tells when it does not.
+        if (fatal.code !== "ERR_VIRTIO_DISCONNECTED") this.lose(fatal, queue.index);
+        throw error;
+      }
     }
     if (this.flushScheduled) this.flush();
     return count;
@@ -270,10 +281,46 @@ export class Scheduler {
     for (const { queue } of this.slots) queue.mode = mode;
   }
 
+  /** Calls in the line: they wait for room. */
+  get waitingCalls(): number {
+    return this.waiting.length;
+  }
+
+  /** Nobody waits for an operation any more: it rejects with `error`; what is in flight of it comes back later. */
+  giveUp(operation: Operation, error: unknown): void {
+    if (operation.settled) return;
+    if (operation.outstanding === 0) this.errors.count(undefined, error);
+    else {
+      for (const { queue, part } of this.slots) {
+        const parts = part.reduce((sum, each) => (each?.operation === operation ? sum + 1 : sum), 0);
+        this.errors.count(queue.index, error, parts);
+      }
+    }
+    operation.abort(error);
+    this.hasSettled = true;
+    this.scheduleFlush();
+  }
+
+  /** Refuse what waits for bytes that the disk does not have any more. */
+  refuseBeyond(capacity: number): void {
+    for (const operation of this.waiting) {
+      if (operation.refuseBeyond(capacity)) this.hasSettled = true;
+    }
+    if (this.hasSettled) this.scheduleFlush();
+  }
+
+  /** Requests in flight on a queue that nobody waits for. */
+  abandoned(queue: VirtioBlkQueue): number {
+    if (this.fatal !== undefined) return queue.inFlight;
+    const slots = this.slots.find((each) => each.queue === queue);
+    return slots?.part.filter((part) => part?.operation.settled === true).length ?? 0;
+  }
+
   /** End everything with `error`: what is in flight, what waits, and what comes later. */
   fail(error: VirtioError): void {
     if (this.fatal !== undefined) return;
     this.fatal = error;
+    this.countLost(error);
     for (const slots of this.slots) {
       slots.queue.fail(error);
       for (let slot = 0; slot < slots.queue.queueSize; slot++) {
@@ -296,7 +343,7 @@ export class Scheduler {
   private attach(queue: VirtioBlkQueue): Slots {
     const slots = new Slots(queue);
     queue.onComplete = (slot, status, written) => this.complete(slots, slot, status, written);
-    queue.onError = (error) => this.lose(asFatal(error));
+    queue.onError = (error) => this.lose(asFatal(error), queue.index);
     queue.onReplay = (moves) => this.replayed(slots, moves);
     return slots;
   }
@@ -322,7 +369,7 @@ export class Scheduler {
       const length = slots.length[slot];
       slots.resolve[slot] = undefined;
       slots.buffer[slot] = undefined;
-      if (status !== 0) slots.reject[slot](blkError(slots.queue.requestType(slot), status));
+      if (status !== 0) slots.reject[slot](this.failed(slots.queue, slot, status));
       else if (slots.queue.requestType(slot) === BlkRequestType.OUT) {
         this.written++;
         resolve({ bytesWritten: length, buffer });
@@ -337,7 +384,7 @@ export class Scheduler {
         else if (part.operation.type === BlkRequestType.FLUSH)
           this.flushed = Math.max(this.flushed, slots.covers[slot]);
       }
-      part.operation.partDone(part, status, written);
+      part.operation.partDone(part, status === 0 ? undefined : this.failed(slots.queue, slot, status), written);
     }
     this.outstanding--;
     this.wentOn();
@@ -353,7 +400,7 @@ export class Scheduler {
     const given = slots.part.filter((part, slot) => part !== undefined && moves[slot] < 0);
     slots.move(moves);
     for (const part of given) {
-      part?.operation.partDone(part, BLK_STATUS_UNWRITTEN, 0);
+      part?.operation.partDone(part, undefined, 0);
       this.outstanding--;
     }
     this.wentOn();
@@ -369,6 +416,7 @@ export class Scheduler {
   private flush(): void {
     this.flushScheduled = false;
     if (this.fatal !== undefined) return;
+    if (this.hasSettled) this.dropSettled();
     try {
       while (this.waiting.length > 0 && this.submitNext(this.waiting[0])) {
         if (this.waiting[0].allSubmitted) this.waiting.shift();
@@ -417,6 +465,30 @@ export class Scheduler {
       operation.abort(error);
       return REFUSED;
     }
+  }
+
+  private failed(queue: VirtioBlkQueue, slot: number, status: number): VirtioError {
+    const error = blkError(queue.requestType(slot), status);
+    this.errors.count(queue.index, error);
+    return error;
+  }
+
+  /** Count what `error` ends. */
+  private countLost(error: VirtioError): void {
+    for (const { queue, resolve, part } of this.slots) {
+      let lost = 0;
+      for (let slot = 0; slot < queue.queueSize; slot++) {
+        if (resolve[slot] !== undefined || part[slot]?.operation.settled === false) lost++;
+      }
+      this.errors.count(queue.index, error, lost);
+    }
+    const unsent = this.waiting.filter(({ settled, outstanding }) => !settled && outstanding === 0);
+    this.errors.count(undefined, error, unsent.length);
+  }
+
+  private dropSettled(): void {
+    this.hasSettled = false;
+    this.waiting = this.waiting.filter(({ settled }) => !settled);
   }
 
   private becameIdle(): void {
