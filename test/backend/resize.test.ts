@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { describe, it, type TestContext } from "node:test";
 import { fileURLToPath } from "node:url";
 import { type BlockStorage, FileStorage, RamStorage } from "../../src/backend/index.js";
-import { openBlock } from "../../src/index.js";
+import { BlockDevice, openBlock, VhostUser } from "../../src/index.js";
 import {
   BlkRequestType,
   configCodec,
@@ -95,6 +95,51 @@ describe("a disk that changes its size", () => {
       assert.deepEqual(errors, []);
     });
   }
+
+  for (const packed of [false, true]) {
+    it(`BLK-DRV-08 the driver sends nothing that waits beyond a shrunken end, ${packed ? "packed" : "split"}`, async (t) => {
+      const storage = new RamStorage(MIB);
+      const { backend, errors } = backendFor(t, storage);
+      // Polled: what completes leaves the ring when this test says so, and not before the driver has the news.
+      const options = { packed, queueSize: 4, mode: "poll", indirect: false } as const;
+      await using disk = await openBlock(`vhost-user:${backend.path}`, options);
+      const first = disk.read(new Uint8Array(512), { position: MIB - 512 });
+      const late = [
+        disk.read(new Uint8Array(512), { position: MIB - 512 }),
+        disk.write(await disk.allocate(512), { position: MIB / 2 }),
+        disk.discard({ position: MIB / 2 - 512, length: 1024 }),
+        disk.writeZeroes({ position: MIB / 2, length: 512 }),
+      ].map((call) => assert.rejects(call, RangeError));
+      const last = disk.flush();
+      await until(() => backend.stats.requests === 1);
+      const resized = once(disk, "resize");
+      await backend.resize(MIB / 2);
+      assert.deepEqual(await soon(resized, "the change"), [MIB / 2, MIB]);
+      await soon(Promise.all(late), "the refusals");
+      let ended = false;
+      const rest = Promise.all([first, last]).finally(() => {
+        ended = true;
+      });
+      await until(() => {
+        disk.poll();
+        return ended;
+      });
+      await rest;
+      assert.equal(backend.stats.requests, 2, "the first and the flush");
+      assert.deepEqual([errors, disk.stats().errors], [[], {}]);
+    });
+  }
+
+  it("a driver that may not be told finds out by looking", async (t) => {
+    const storage = new RamStorage(MIB);
+    const { backend } = backendFor(t, storage);
+    await using transport = await VhostUser.connect(backend.path);
+    await using disk = await BlockDevice.open(transport, { configPoll: 1 });
+    transport.onConfigChange = undefined; // deaf, as to a back-end without a channel
+    const resized = once(disk, "resize");
+    await backend.resize(2 * MIB);
+    assert.deepEqual(await soon(resized, "the look"), [2 * MIB, MIB]);
+  });
 
   it("requests beyond a shrunken end fail, those in flight are finished first, and messages wait", async (t) => {
     let finish = (): void => undefined;

@@ -170,8 +170,7 @@ export class BlockDevice extends BlockEmitter {
     });
     transport.onLost = weakly(this, Calls.lose);
     this.recovery = new BlkRecovery(config, {
-      ...{ address: this.address, features: this.features, options },
-      ...{ queues: memory.queues, scheduler: this.scheduler },
+      ...{ address: this.address, features, options: lasting, queues, scheduler },
       calls: {
         disconnected: weakly(this, Calls.disconnected),
         reconnecting: weakly(this, Calls.reconnecting),
@@ -516,7 +515,7 @@ export class BlockDevice extends BlockEmitter {
     } catch (error) {
       // Its transport may be about to say that it is lost.
       await nextTurn();
-      if (this.calls.ended === undefined) throw error;
+      if (this.calls.ended === undefined && !this.recovery.isAway) throw error;
     }
   }
 

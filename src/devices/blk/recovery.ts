@@ -107,7 +107,8 @@ export class BlkRecovery implements Recovery {
     const { address, calls, queues } = this.parts;
     const { tracked } = this.outcome;
     queues.forEach(({ index }, i) => {
-      publish("virtio:queue:replay", { address, queue: index, replayed: this.replayed[i], tracked });
+      const replayed = this.replayed[i];
+      if (replayed > 0) publish("virtio:queue:replay", { address, queue: index, replayed, tracked });
     });
     calls.reconnected(this.latest, { ...this.outcome, attempts });
     for (const queue of queues) queue.goOn();

@@ -1,6 +1,7 @@
 /** Devices that are dropped without close: told, and closed all the same; but not while anybody needs them. */
 
 import assert from "node:assert/strict";
+import { subscribe, unsubscribe } from "node:diagnostics_channel";
 import { setImmediate as nextTurn } from "node:timers/promises";
 import { describe, type TestContext, test } from "node:test";
 import { BlockDevice } from "../../../src/devices/blk/index.js";
@@ -40,12 +41,17 @@ const isClosed = ({ regionsMapped, regionsClosed }: FakeTransport): boolean => r
 
 describe("a device that is dropped without close", { timeout: 30_000 }, () => {
   for (const mode of ["event", "hybrid", "poll"] as const) {
-    test(`is reported and closed, mode ${mode}`, async (t) => {
+    test(`is reported and closed, mode ${mode}, whatever it was told to look at and who listens`, async (t) => {
       const heard = warnings(t);
+      const closed: unknown[] = [];
+      const hear = (message: unknown): unknown => closed.push(message);
+      subscribe("virtio:device:close", hear);
+      t.after(() => unsubscribe("virtio:device:close", hear));
       const transport = makeTransport({ onNotify: (queue) => takeBlk(queue).forEach(answerRead) });
       await (async () => {
-        const disk = await BlockDevice.open(transport, { mode });
-        disk.on("lost", () => assert.fail("nobody lost it"));
+        const disk = await BlockDevice.open(transport, { mode, configPoll: 1 });
+        disk.on("lost", () => assert.fail(`nobody lost ${disk.address}`));
+        disk.on("resize", () => disk.stats());
         const reading = disk.read(new Uint8Array(512));
         await nextTurn();
         if (mode === "poll") disk.poll();
@@ -54,6 +60,7 @@ describe("a device that is dropped without close", { timeout: 30_000 }, () => {
       await collectUntil(() => isClosed(transport));
       assert.equal(transport.steps.at(-1), "close");
       await nextTurn();
+      assert.deepEqual(closed, [{ address: "fake:", dropped: true }]);
       assert.equal(heard.length, 1);
       assert.match(heard[0].message, /^fake: was dropped without close\(\)/);
     });

@@ -541,7 +541,8 @@ test("wrong options of flush and writeZeroes are refused", async (t) => {
   const range = { position: 0, length: 512 };
   await assert.rejects(bench.disk.writeZeroes(range, { unMap: true } as { unmap?: boolean }), refused("options"));
   await assert.rejects(bench.disk.writeZeroes(range, { unmap: 1 } as unknown as { unmap: boolean }), refused("unmap"));
-  await assert.rejects(bench.disk.flush({ timeout: 5 } as { signal?: AbortSignal }), refused("options"));
+  await assert.rejects(bench.disk.flush({ timeOut: 5 } as { signal?: AbortSignal }), refused("options"));
+  await assert.rejects(bench.disk.flush({ timeout: 0 }), refused("timeout"));
   await assert.rejects(bench.disk.flush({ signal: {} } as { signal: AbortSignal }), refused("signal"));
   assert.deepEqual(await bench.take(), []);
 });

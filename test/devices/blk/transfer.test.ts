@@ -468,7 +468,7 @@ describe("lent buffers and their return", () => {
     const { disk, transport } = bench;
     const plain = (): Uint8Array => new Uint8Array(512);
     const first = disk.read(plain());
-    const beyond = assert.rejects(disk.read(plain(), { position: CAPACITY - 512 }), refused("sector"));
+    const beyond = assert.rejects(disk.read(plain(), { position: CAPACITY - 512 }), refused("position"));
     const last = disk.read(plain());
     await turn();
     transport.changeConfig(Uint8Array.of(16, 0, 0, 0, 0, 0, 0, 0));
