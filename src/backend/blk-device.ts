@@ -43,6 +43,10 @@ export class BlkDevice {
   /** The answer to GET_ID. */
   readonly id: Uint8Array;
 
+  /** What the front-end was told last of `writeback`, or said itself; undefined: nothing yet. */
+  private toldWriteback: boolean | undefined = undefined;
+  /** Whether writethrough mode is for want of knowledge, until the driver shows that it knows of the cache. */
+  private isCautious = false;
   private readonly queues: number;
   private readonly blockSize: number;
 
@@ -84,9 +88,7 @@ export class BlkDevice {
         capacity: BigInt(this.sectors),
         segMax: SEG_MAX,
         blkSize: this.blockSize,
-        // A driver reads it after the negotiation, but QEMU before, and has its guest believe that: it is told the mode
-        // that goes with FLUSH. A guest without FLUSH is served in writethrough mode, whatever it believes.
-        writeback: this.features === 0n || !this.writeThrough,
+        writeback: this.features === 0n || !this.writeThrough || this.isCautious,
         numQueues: this.queues,
         ...(has(BlkFeature.DISCARD) && { discard: { ...limits, alignment } }),
         ...(has(BlkFeature.WRITE_ZEROES) && { writeZeroes: { ...limits, mayUnmap: true } }),
@@ -118,14 +120,45 @@ export class BlkDevice {
     if (capacity % blockSize !== 0) throw rangeError("capacity", `a multiple of the block size ${blockSize}`, capacity);
   }
 
-  /** Put the features the driver accepted in force; they decide about the cache mode to begin with (5.2.6.1). */
+  /** Another front-end has come: nothing is agreed with it, and it was told nothing. */
+  begin(): void {
+    this.toldWriteback = undefined;
+    this.negotiate(0n);
+  }
+
+  /**
+   * Put the features the driver accepted in force; they decide about the cache mode to begin with (5.2.6.1).
+   *
+   * By the specification a driver with CONFIG_WCE reads the mode then, and is told writeback. But QEMU reads the config
+   * space once, before features are agreed, and goes on to tell its guest what it keeps of it: after a reset of the
+   * device, and to a back-end that was started anew. A guest that chose writethrough would lose its writes there with
+   * the power, for it does not flush. So whoever was not told writeback, as far as is known here, is served in
+   * writethrough mode until he reads the config space, or flushes.
+   */
   negotiate(features: bigint): void {
     this.features = features;
-    this.writeThrough = (features & BlkFeature.FLUSH) === 0n;
+    const hasFlush = (features & BlkFeature.FLUSH) !== 0n;
+    this.isCautious = hasFlush && (features & BlkFeature.CONFIG_WCE) !== 0n && this.toldWriteback !== true;
+    this.writeThrough = !hasFlush || this.isCautious;
+  }
+
+  /** The driver has read `writeback` in the config space. */
+  told(): void {
+    this.flushed();
+    this.toldWriteback = this.features === 0n || !this.writeThrough;
+  }
+
+  /** The driver has flushed: it knows that there is a cache. */
+  flushed(): void {
+    if (!this.isCautious) return;
+    this.isCautious = false;
+    this.writeThrough = false;
   }
 
   /** Set the cache mode, as the driver does by `writeback` in the config space. */
   setWriteback(writeback: boolean): void {
+    this.isCautious = false;
+    this.toldWriteback = writeback;
     this.writeThrough = !writeback;
   }
 }

@@ -124,6 +124,7 @@ export class BlkExecutor {
       case BlkRequestType.OUT:
         return this.write(chain, sector, sink);
       case BlkRequestType.FLUSH:
+        this.device.flushed();
         return this.finish(chain, sink, this.storage.flush(), BLK_STATUS_SIZE);
       case BlkRequestType.GET_ID:
         return this.getId(chain);

@@ -127,7 +127,7 @@ export class Session implements VringEvents {
     this.stats = stats;
     this.sealedMemory = options.sealedMemory;
     this.offeredProtocol = PROTOCOL_FEATURES & (options.inflight ? ~0n : ~VhostUserProtocolFeature.INFLIGHT_SHMFD);
-    this.device.negotiate(0n);
+    this.device.begin();
     this.rings = Array.from({ length: queues }, (_, i) => new Vring(i, stats, this));
     this.context = this.contextOf(new MemoryTable(this.sealedMemory));
     let ended: (error: unknown) => void = () => undefined;
@@ -428,7 +428,9 @@ export class Session implements VringEvents {
     // A reply of length 0 says that the request failed ("VHOST_USER_GET_CONFIG").
     if (data.length === 0 || offset + data.length > config.length) return new Uint8Array(0);
     this.unknownChange = false;
-    return configCodec.encode({ offset, flags, data: config.subarray(offset, offset + data.length) });
+    const end = offset + data.length;
+    if (offset <= BLK_CONFIG_WRITEBACK_OFFSET && BLK_CONFIG_WRITEBACK_OFFSET < end) this.device.told();
+    return configCodec.encode({ offset, flags, data: config.subarray(offset, end) });
   }
 
   private setConfig(payload: Uint8Array): undefined {

@@ -14,7 +14,7 @@ import {
   VhostUserRequest,
 } from "../../src/protocol/index.js";
 import { VirtioFeature } from "../../src/virtqueue/index.js";
-import type { FrontEnd, Request } from "./front-end.js";
+import type { FrontEnd, Request, Ring } from "./front-end.js";
 import { ALL_PROTOCOL_FEATURES, GUEST, turns } from "./front-end.js";
 import { SlowStorage, until } from "./slow-storage.js";
 import { backendFor, frontEndFor, pattern } from "./support.js";
@@ -115,11 +115,62 @@ describe("the virtio-blk device", () => {
     });
   }
 
-  it("BLK-DEV-21 names the mode that goes with FLUSH before features are agreed, for QEMU reads it then and never again", async (t) => {
-    const front = frontEndFor(t, backendFor(t).backend);
-    await front.must(VhostUserRequest.SET_OWNER);
-    await front.must(VhostUserRequest.SET_PROTOCOL_FEATURES, u64Codec.encode(ALL_PROTOCOL_FEATURES));
+  /** Whether a write on `ring` is answered only after a flush. */
+  async function isStable(ring: Ring, storage: SlowStorage): Promise<boolean> {
+    ring.rewind();
+    const written = ring.write(0n, new Uint8Array(512));
+    await until(() => storage.calls.length === 1);
+    storage.finish("write");
+    await turns(5);
+    const flushes = storage.calls.length === 1;
+    if (flushes) storage.finish("flush");
+    assert.equal((await written).status, OK);
+    return flushes;
+  }
+
+  it("BLK-DEV-21 a front-end that reads the mode before features are agreed, as QEMU does, may rely on it", async (t) => {
+    const storage = new SlowStorage();
+    const front = frontEndFor(t, backendFor(t, storage).backend);
+    front.send(VhostUserRequest.SET_PROTOCOL_FEATURES, u64Codec.encode(ALL_PROTOCOL_FEATURES));
     assert.equal((await config(front))[32], 1);
+    const ring = await front.start(FLUSH | CONFIG_WCE);
+    assert.equal(await isStable(ring, storage), false);
+  });
+
+  it("BLK-DEV-21 a front-end that was not told of the cache in this connection is served without, until it flushes or reads", async (t) => {
+    const storage = new SlowStorage();
+    const { backend } = backendFor(t, storage);
+    const front = frontEndFor(t, backend);
+    const ring = await front.start(FLUSH | CONFIG_WCE);
+    assert.equal(await isStable(ring, storage), true);
+    const flush = ring.run(BlkRequestType.FLUSH, 0n);
+    await until(() => storage.calls.length === 1);
+    storage.finish("flush");
+    assert.equal((await flush).status, OK);
+    assert.equal(await isStable(ring, storage), false);
+    front.close();
+
+    const other = await frontEndFor(t, backend).start(FLUSH | CONFIG_WCE);
+    assert.equal(await isStable(other, storage), true);
+    assert.equal((await config(other.front))[32], 1);
+    assert.equal(await isStable(other, storage), false);
+  });
+
+  it("BLK-DEV-21 a guest that chose writethrough is served so after a reset, though its front-end does not repeat it", async (t) => {
+    const storage = new SlowStorage();
+    const front = frontEndFor(t, backendFor(t, storage).backend);
+    const ring = await front.start(FLUSH | CONFIG_WCE);
+    assert.equal((await config(front))[32], 1);
+    assert.equal(await setWriteback(front, 0), 0n);
+    assert.equal(await isStable(ring, storage), true);
+    await front.must(VhostUserRequest.RESET_DEVICE);
+    await front.must(VhostUserRequest.SET_FEATURES, u64Codec.encode(front.features | VHOST_USER_F_PROTOCOL_FEATURES));
+    const again = front.ring();
+    await again.start();
+    await again.enable(1);
+    assert.equal(await isStable(again, storage), true);
+    assert.equal((await config(front))[32], 1);
+    assert.equal(await isStable(again, storage), false);
   });
 
   it("BLK-DEV-21 the driver switches the cache mode, and discards and zeroes are flushed as well", async (t) => {
