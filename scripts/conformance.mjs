@@ -1,5 +1,9 @@
 // Writes docs/conformance.md: every requirement of the specifications, and the tests whose titles carry its id.
-// With --check it writes nothing and fails when the page is not up to date.
+// With --check it writes nothing and fails when the page is not up to date. What deviations.json says of a requirement:
+//   "why"                 it does not apply here
+//   { "open": "why" }     there is no test yet
+//   { "review": "what" }  no test can show it; somebody read the code
+//   { "deviates": "how" } a test shows what is done instead
 
 import { readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { dirname, join, relative } from "node:path";
@@ -14,15 +18,22 @@ const known = new Set(groups.flatMap((group) => group.requirements.map(({ id }) 
 const testsOf = new Map([...known].map((id) => [id, new Set()]));
 const strays = [];
 for (const file of testFiles(join(root, "test"))) {
-  const code = readFileSync(file, "utf8").replace(/\/\*[\s\S]*?\*\/|^\s*\/\/.*$/gm, "");
+  const code = readFileSync(file, "utf8").replace(/\/\*[\s\S]*?\*\/|(?<=^|[\s;])\/\/.*$/gm, "");
   for (const [id] of code.matchAll(/\b[A-Z0-9]+-(?:DRV|DEV|FE|BE)-\d{2}\b/g)) {
     if (known.has(id)) testsOf.get(id).add(relative(root, file));
     else strays.push(`${relative(root, file)}: ${id} is no requirement`);
   }
 }
-for (const id of Object.keys(deviations)) {
+for (const [id, words] of Object.entries(deviations)) {
   if (!known.has(id)) strays.push(`deviations.json: ${id} is no requirement`);
-  else if (testsOf.get(id).size > 0) strays.push(`deviations.json: ${id} has a test`);
+  else if (testsOf.get(id).size > 0 !== (words.deviates !== undefined)) {
+    strays.push(`deviations.json: ${id} has ${words.deviates === undefined ? "a" : "no"} test`);
+  }
+}
+for (const id of known) {
+  if (testsOf.get(id).size === 0 && deviations[id] === undefined) {
+    strays.push(`${id} has no test, and deviations.json does not say why`);
+  }
 }
 if (strays.length > 0) {
   process.stderr.write(`${strays.join("\n")}\n`);
@@ -47,8 +58,8 @@ function testFiles(folder) {
 }
 
 function render() {
-  const tested = [...testsOf.values()].filter((files) => files.size > 0).length;
-  const excused = Object.keys(deviations).length;
+  const count = (kind) => Object.values(deviations).filter((words) => kindOf(words) === kind).length;
+  const tested = [...testsOf.values()].filter((files) => files.size > 0).length - count("deviates");
   const lines = [
     "# Conformance",
     "",
@@ -56,7 +67,8 @@ function render() {
     "or back-end (`-DEV`, `-BE`), paraphrased, with the test files in which a test carries its id. Written by",
     "`npm run conformance` from the titles of the tests; not edited by hand.",
     "",
-    `${known.size} requirements: ${tested} tested, ${excused} not applicable, ${known.size - tested - excused} open.`,
+    `${known.size} requirements: ${tested} tested ✅, ${count("deviates")} tested to deviate on purpose ⚠️, ` +
+      `${count("review")} reviewed 🔎, ${count("inapplicable")} not applicable ➖, ${count("open")} open ❌.`,
     "",
   ];
   for (const group of groups) {
@@ -69,8 +81,23 @@ function render() {
   return `${lines.join("\n").trimEnd()}\n`;
 }
 
+/** What an entry of deviations.json says: "inapplicable", or its one key. */
+function kindOf(words) {
+  return typeof words === "string" ? "inapplicable" : Object.keys(words)[0];
+}
+
 function state(id) {
-  const files = [...testsOf.get(id)];
-  if (files.length > 0) return `✅ ${files.map((file) => `[${file.replace(/^test\//, "")}](../${file})`).join(", ")}`;
-  return deviations[id] === undefined ? "❌ open" : `➖ ${deviations[id]}`;
+  const words = deviations[id];
+  const tests = [...testsOf.get(id)].map((file) => `[${file.replace(/^test\//, "")}](../${file})`).join(", ");
+  if (words === undefined) return `✅ ${tests}`;
+  switch (kindOf(words)) {
+    case "deviates":
+      return `⚠️ ${words.deviates}: ${tests}`;
+    case "review":
+      return `🔎 ${words.review}`;
+    case "open":
+      return `❌ ${words.open}`;
+    default:
+      return `➖ ${words}`;
+  }
 }

@@ -14,7 +14,7 @@ import { compile } from "./build-native.mjs";
 const root = dirname(dirname(fileURLToPath(import.meta.url)));
 const folder = mkdtempSync(join(tmpdir(), "virtio-valgrind-"));
 const addon = join(folder, "syscalls.node");
-const TIMEOUT_MS = 240_000;
+const TIMEOUT_MS = 180_000;
 
 /** The test files, a process each group: starting Node.js under valgrind takes as long as most of them. */
 const GROUPS = [

@@ -70,7 +70,7 @@ export function standardCapabilities(
   notifyMultiplier: number,
 ): FakePciCapability[] {
   const bar = 4;
-  const notifyLength = Math.max(4, queues * notifyMultiplier);
+  const notifyLength = Math.max(0, queues - 1) * notifyMultiplier + 4; // with NOTIFICATION_DATA 4 bytes are written
   const config = { type: VirtioPciCapType.DEVICE_CFG, bar, offset: 0x2000, length: configLength };
   return [
     { type: VirtioPciCapType.COMMON_CFG, bar, offset: 0, length: VIRTIO_PCI_COMMON_FULL_SIZE },

@@ -8,7 +8,8 @@ import type { EventFd, RegisterWidth } from "../sys/index.js";
 import type { PciFunction, PciRegisters } from "../transports/pci/function.js";
 import { DeviceMemory } from "../virtqueue/device-memory.js";
 import { VirtioFeature } from "../virtqueue/features.js";
-import { VirtqueueLayout } from "../virtqueue/layout.js";
+import { VIRTQUEUE_MAX_SIZE } from "../virtqueue/defs.js";
+import { checkQueueSize, VirtqueueLayout } from "../virtqueue/layout.js";
 import { FakeDevice } from "./fake-device.js";
 import { FakeCommon, type FakeCommonHost, FakeQueueRegisters } from "./fake-pci-common.js";
 import {
@@ -60,7 +61,7 @@ export interface FakePciOptions {
   readonly features?: bigint;
   /** The device's config space; copied. Default: it has none. */
   readonly config?: Uint8Array;
-  /** The largest size of each queue, 0 for one that is not there. Default: one queue of 256. */
+  /** The largest size of each queue, a power of two, or 0 for one that is not there. Default: one queue of 256. */
   readonly queueSizes?: readonly number[];
   /** `notify_off_multiplier`. Default 4. */
   readonly notifyMultiplier?: number;
@@ -184,6 +185,10 @@ export class FakePciFunction implements PciFunction {
     if (typeof features !== "bigint") throw typeError("features", "a bigint", features);
     if (typeof onNotify !== "function") throw typeError("onNotify", "a function", onNotify);
     if (!(config instanceof Uint8Array)) throw typeError("config", "a Uint8Array", config);
+    for (const size of queueSizes) {
+      // A device that presented another would refuse drivers without RING_PACKED.
+      if (checkInteger("queueSizes", size, 0, VIRTQUEUE_MAX_SIZE) > 0) checkQueueSize(size, false);
+    }
     this.msixVectors = checkInteger("msixVectors", options.msixVectors ?? queueSizes.length + 1, 0, 2048);
     this.maxRegions = checkInteger("maxRegions", options.maxRegions ?? MAX_REGIONS, 1, MAX_REGIONS);
     this.hasIntx = options.hasIntx ?? true;

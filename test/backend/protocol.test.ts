@@ -59,7 +59,14 @@ describe("vhost-user back-end: messages", () => {
     await front.must(R.SET_VRING_NUM, vringStateCodec.encode({ index: 0, num: 16 }));
     front.send(R.GET_QUEUE_NUM, new Uint8Array(0), [], 0x9);
     assert.equal(u64Codec.decode(await front.reply(R.GET_QUEUE_NUM)), 1n);
-    await front.must(R.RESET_OWNER); // VHU-BE-17: ignored
+    assert.ok(front.silent);
+  });
+
+  it("VHU-BE-17 ignores RESET_OWNER: rings go on", async (t) => {
+    const { front } = pair(t);
+    const ring = await front.start(0n);
+    await front.must(R.RESET_OWNER);
+    assert.equal((await ring.read(0n, 512)).status, 0);
     assert.ok(front.silent);
   });
 
@@ -292,7 +299,7 @@ describe("vhost-user back-end: config space and status", () => {
     );
   });
 
-  it("BASIC-DEV-01 BASIC-DEV-08 with STATUS nothing is processed before DRIVER_OK; 0 resets and reads back as 0", async (t) => {
+  it("BASIC-DEV-01 BASIC-DEV-08 BASIC-DEV-09 with STATUS nothing is processed before DRIVER_OK, nor after a reset, which reads as 0", async (t) => {
     const { front, backend } = pair(t);
     await front.handshake(WRITABLE, ALL_PROTOCOL_FEATURES | STATUS);
     await front.share();
@@ -310,10 +317,15 @@ describe("vhost-user back-end: config space and status", () => {
     assert.equal(await front.ack(R.SET_STATUS, u64Codec.encode(256)), 1n);
     await front.must(R.SET_STATUS, u64Codec.encode(0));
     assert.equal(await front.askU64(R.GET_STATUS), 0n);
-    ring.request(BlkRequestType.IN, 0n, { into: 512 });
+    ring.call.drain();
+    const late = ring.request(BlkRequestType.IN, 0n, { into: 512 });
+    const asked = front.bytes.slice();
     ring.kick.signal();
     await turns(20);
-    assert.equal(backend.stats.requests, 1); // BASIC-DEV-09 VQ-DEV-01
+    assert.equal(backend.stats.requests, 1);
+    assert.equal(late.status(), 0xff);
+    assert.deepEqual(front.bytes, asked, "the memory of the queue was written to");
+    assert.equal(ring.call.drain(), false, "it was notified");
   });
 
   it("BASIC-DEV-05 leaves FEATURES_OK clear when no features were agreed", async (t) => {

@@ -40,7 +40,7 @@ const readable = { address: DATA, length: 16, writable: false };
 const writable = { address: DATA + 512n, length: 512, writable: true };
 
 describe("device's half of a split ring", () => {
-  it("SPLIT-DEV-04 SPLIT-DEV-14 writes the used ring and avail_event, nothing else, and not before publish", () => {
+  it("SPLIT-DEV-04 SPLIT-DEV-13 SPLIT-DEV-14 writes the used ring and avail_event, nothing else, and not before publish", () => {
     const { place, driver, device, chain, memory } = splitRing(4, EVENT_IDX);
     const head = driver.add([readable, writable]);
     driver.publish();
@@ -48,7 +48,7 @@ describe("device's half of a split ring", () => {
     assert.equal(device.pop(chain), true);
     chain.write(memory, 0, new Uint8Array([1, 2, 3]));
     device.push(chain.id, chain.ringCount, 3);
-    assert.deepEqual(driver.collect(), []); // SPLIT-DEV-13: entry and length are there before the index moves
+    assert.deepEqual(driver.collect(), []); // entry and length are there before the index moves
     assert.equal(driver.view.getUint32(place.device + 8, true), 3);
     device.publish();
     device.enableNotifications();
@@ -275,8 +275,15 @@ describe("device's half of a packed ring", () => {
     assert.equal(flags(0), 0x82);
     assert.equal(flags(1), 0x8082);
     assert.deepEqual(driver.collect(), []);
+    const before = new Uint8Array(place.buffer).slice();
     device.publish();
     assert.equal(flags(0), 0x8082);
+    // All else was written before.
+    const after = new Uint8Array(place.buffer);
+    assert.deepEqual(
+      [...after.keys()].filter((i) => after[i] !== before[i]),
+      [place.descriptors + 15],
+    );
     assert.equal(driver.collect().length, 2);
   });
 

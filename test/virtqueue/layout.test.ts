@@ -133,7 +133,7 @@ const anyOptions = fc
     request: { size, align },
   }));
 
-test("any layout: areas in order, aligned, within the queue, and their fields without gaps", () => {
+test("SPLIT-DRV-01 PACKED-DRV-01 any layout: areas in order, aligned, within the queue, and their fields without gaps", () => {
   fc.assert(
     fc.property(anyOptions, (options) => {
       const layout = new VirtqueueLayout(options);

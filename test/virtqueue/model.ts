@@ -106,6 +106,11 @@ export class Pair {
     this.freeDescriptors = queueSize;
   }
 
+  /** `idx` of the available ring; means nothing in a packed ring. */
+  get availIdx(): number {
+    return new DataView(this.buffer).getUint16(this.layout.driverAreaOffset + 2, true);
+  }
+
   /** Add a chain element by element; `abandon` rewinds it instead of committing it. */
   add(readable: number, writable: number, seed: number, abandon: boolean): void {
     const { queueSize, tableEntries } = this.options;

@@ -75,7 +75,13 @@ for (const packed of [false, true]) {
     fc.assert(
       fc.property(options(packed), operations, (choice, list) => {
         const pair = new Pair(choice);
-        for (const operation of list) apply(pair, operation);
+        let availIdx = pair.availIdx;
+        for (const operation of list) {
+          apply(pair, operation);
+          // It only ever moves forward, by what fits into the ring.
+          if (!packed) assert.ok(((pair.availIdx - availIdx) & 0xffff) <= 2 * choice.queueSize, "avail.idx went back");
+          availIdx = pair.availIdx;
+        }
         pair.drain();
         steps += pair.steps;
       }),

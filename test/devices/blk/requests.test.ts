@@ -155,6 +155,24 @@ test("WRITE_ZEROES with unmap sets bit 0 of each segment; BLK-DRV-20 DISCARD nev
   await discarding;
 });
 
+test("BLK-DRV-21 what a discarded range reads as is asked of the device, each time, and returned as it comes", async (t) => {
+  const bench = await openFake(t, { features: ALL_REQUESTS, config: LIMITS });
+  const range = { position: 1024, length: 1024 };
+  const discarding = bench.disk.discard(range);
+  (await bench.takeOne()).answer();
+  await discarding;
+  for (const seed of [1, 2, 0]) {
+    const reading = bench.disk.read(new Uint8Array(1024).fill(0xaa), { position: range.position });
+    const request = await bench.takeOne();
+    assert.deepEqual([request.type, request.sector, request.room], [0, 2, 1024]);
+    const data = seed === 0 ? new Uint8Array(1024) : pattern(1024, seed);
+    request.answer({ data });
+    const { bytesRead, buffer } = await reading;
+    assert.equal(bytesRead, 1024);
+    assert.deepEqual(buffer, data);
+  }
+});
+
 describe("BLK-DRV-16 BLK-DRV-17 BLK-DRV-18 BLK-DRV-31 ranges are cut into what the device takes", () => {
   const counts = async (
     t: Parameters<typeof openFake>[0],
@@ -334,6 +352,18 @@ describe("what a device does not offer is not asked of it", () => {
     await bench.disk.flush();
     assert.deepEqual(await bench.take(), []);
     assert.equal(bench.disk.info.cache, "unknown");
+  });
+
+  test("BLK-DRV-01 FLUSH is accepted, and sent: whenever flush is called, also by one who opened it read-only", async (t) => {
+    for (const readOnly of [false, true]) {
+      const bench = await openFake(t, { features: BlkFeature.FLUSH, open: { readOnly } });
+      assert.equal(bench.disk.features & BlkFeature.FLUSH, BlkFeature.FLUSH);
+      const flushing = bench.disk.flush();
+      const request = await bench.takeOne();
+      assert.equal(request.type, 4);
+      request.answer();
+      await flushing;
+    }
   });
 });
 
