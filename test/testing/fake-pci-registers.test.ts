@@ -34,9 +34,7 @@ describe("the common configuration", () => {
     assert.deepEqual(windows, [bits(0n), bits(32n), bits(64n), bits(96n), 0, 0, 0]);
     assert.equal(hand.read("DEVICE_FEATURE_SELECT"), 0x7fff_ffff);
     hand.agree(BASE | (1n << 5n));
-    const accepted = [0, 1, 2].map((select) =>
-      hand.write("DRIVER_FEATURE_SELECT", select).read("DRIVER_FEATURE"),
-    );
+    const accepted = [0, 1, 2].map((select) => hand.write("DRIVER_FEATURE_SELECT", select).read("DRIVER_FEATURE"));
     assert.deepEqual(accepted, [1 << 5, Number(BASE >> 32n), 0]);
   });
 
