@@ -44,7 +44,7 @@ interface Held {
 /** One driver and one device on the same memory, and what should be where. */
 export class Pair {
   driver: Virtqueue;
-  readonly device: DeviceVirtqueue;
+  device: DeviceVirtqueue;
   readonly buffer: ArrayBuffer;
   readonly layout: VirtqueueLayout;
   /** How many operations were really carried out. */
@@ -94,14 +94,7 @@ export class Pair {
       ...(tableEntries > 0 && { indirect: { offset: tables, iova: BASE + tables, entries: tableEntries } }),
     };
     this.driver = new Virtqueue(this.driverOptions);
-    const memory = new DeviceMemory();
-    memory.add(BigInt(BASE), this.buffer);
-    this.device = new DeviceVirtqueue({
-      ...{ queueSize, features, memory },
-      descriptorArea: { buffer: this.buffer, offset: 0 },
-      driverArea: { buffer: this.buffer, offset: this.layout.driverAreaOffset },
-      deviceArea: { buffer: this.buffer, offset: this.layout.deviceAreaOffset },
-    });
+    this.device = this.newDevice();
     this.popped = new DescriptorChain(queueSize);
     this.freeDescriptors = queueSize;
   }
@@ -332,6 +325,35 @@ export class Pair {
     before.fail(new VirtioError("ERR_VIRTIO_CLOSED", "another driver goes on with this queue"));
     this.checkCounts();
     this.steps++;
+  }
+
+  /** The device dies, leaves nonsense behind, and the ring begins anew with another one; what was in flight is forgotten. */
+  restart(): void {
+    new Uint8Array(this.buffer, 0, this.dataOffset).fill(0x5a);
+    this.driver.restart();
+    this.device = this.newDevice();
+    for (const list of [this.committed, this.available, this.held, this.pushed, this.used]) list.length = 0;
+    this.slots.clear();
+    this.freeDescriptors = this.options.queueSize;
+    this.deviceSleeps = false;
+    this.driverSleeps = false;
+    this.deviceSilenced = false;
+    this.driverSilenced = false;
+    assert.equal(this.driver.usedPosition, this.options.packed ? 0x8000_8000 : 0);
+    this.checkCounts();
+    this.steps++;
+  }
+
+  private newDevice(): DeviceVirtqueue {
+    const { buffer, layout } = this;
+    const memory = new DeviceMemory();
+    memory.add(BigInt(BASE), buffer);
+    return new DeviceVirtqueue({
+      ...{ queueSize: layout.queueSize, features: this.driverOptions.features, memory },
+      descriptorArea: { buffer, offset: 0 },
+      driverArea: { buffer, offset: layout.driverAreaOffset },
+      deviceArea: { buffer, offset: layout.deviceAreaOffset },
+    });
   }
 
   /** What the used position moves by for these chains: entries of the used ring, or descriptors. */
