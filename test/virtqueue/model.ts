@@ -329,7 +329,8 @@ export class Pair {
 
   /** The device dies, leaves nonsense behind, and the ring begins anew with another one; what was in flight is forgotten. */
   restart(): void {
-    new Uint8Array(this.buffer, 0, this.dataOffset).fill(0x5a);
+    // As packed flags: available in the first round.
+    new Uint16Array(this.buffer, 0, this.dataOffset / 2).fill(0x5a85);
     this.driver.restart();
     this.device = this.newDevice();
     for (const list of [this.committed, this.available, this.held, this.pushed, this.used]) list.length = 0;

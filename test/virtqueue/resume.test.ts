@@ -64,6 +64,22 @@ for (const packed of [false, true]) {
   }
 }
 
+for (const packed of [false, true]) {
+  test(`${packed ? "packed" : "split"} in order: a ring that begins anew forgets the rest of a batch`, () => {
+    const options = optionsOf(VirtioFeature.IN_ORDER | (packed ? VirtioFeature.RING_PACKED : 0n));
+    const queue = new Virtqueue(options);
+    const device = deviceOf(options);
+    const chain = new DescriptorChain(4);
+    const slots = [submit(queue, 1), submit(queue, 1), submit(queue, 1)];
+    while (device.pop(chain)) assert.ok(slots.includes(chain.id));
+    device.pushBatch(slots[2], 3, 3, 0);
+    device.publish();
+    assert.equal(queue.poll(), slots[0]);
+    queue.restart();
+    assert.deepEqual([queue.poll(), queue.hasUsed(), queue.inFlight, queue.numFree], [-1, false, 0, 4]);
+  });
+}
+
 describe("where a queue stands", () => {
   test("split: the index, which is that of SET_VRING_BASE", () => {
     const options = optionsOf(0n);
