@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import { describe, type TestContext, test } from "node:test";
 import { VirtioError } from "../../../src/errors.js";
+import { closeFd, createMemfd } from "../../../src/sys/index.js";
 import { VhostUser } from "../../../src/transports/index.js";
 import { type Deed, type Received, ScriptedPeer } from "../scripted-peer.js";
 import { held, live } from "../support.js";
@@ -10,7 +11,16 @@ import { held, live } from "../support.js";
 const AWAITED = [
   ...["GET_FEATURES", "GET_PROTOCOL_FEATURES", "GET_QUEUE_NUM", "GET_MAX_MEM_SLOTS", "SET_BACKEND_REQ_FD"],
   ...["SET_FEATURES", "GET_CONFIG", "SET_CONFIG", "ADD_MEM_REG", "SET_VRING_NUM", "SET_VRING_BASE", "SET_VRING_ADDR"],
-  ...["SET_VRING_CALL", "SET_VRING_ERR", "SET_VRING_KICK", "SET_VRING_ENABLE", "GET_VRING_BASE", "REM_MEM_REG"],
+  ...[
+    "GET_INFLIGHT_FD",
+    "SET_INFLIGHT_FD",
+    "SET_VRING_CALL",
+    "SET_VRING_ERR",
+    "SET_VRING_KICK",
+    "SET_VRING_ENABLE",
+    "GET_VRING_BASE",
+    "REM_MEM_REG",
+  ],
 ];
 /** What a peer that lies may make of a call; anything else, a TypeError above all, is a fault of ours. */
 const CODES = ["PROTOCOL", "DISCONNECTED", "REJECTED", "FEATURES", "CONFIG", "QUEUES", "MEMORY", "STATUS", "TIMEOUT"];
@@ -22,11 +32,13 @@ async function lifeWith(
   deed: (right: Buffer) => Deed,
 ): Promise<{ readonly outcome: VirtioError | undefined; readonly replyLength: number }> {
   let replyLength = 0;
+  // The one reply that a descriptor comes with.
+  const fds = name === "GET_INFLIGHT_FD" ? [createMemfd("inflight of a test", 4096)] : [];
   const peer = new ScriptedPeer({
     misbehave({ name: which }: Received, right) {
       if (replyLength > 0 || which !== name || right === undefined) return undefined;
       replyLength = right.length;
-      return deed(right);
+      return { ...deed(right), fds };
     },
   });
   t.after(() => peer.close());
@@ -44,6 +56,7 @@ async function lifeWith(
   }
   await peer.until(() => !peer.connected);
   peer.close();
+  fds.forEach(closeFd);
   return { outcome, replyLength };
 }
 
