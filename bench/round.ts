@@ -60,14 +60,14 @@ async function byFs(order: RoundOrder): Promise<BenchResult> {
   const plan = planOf(order, "event", "promise");
   const meter = new Meter(plan, [latency]);
   const targets = new Targets(plan, partOfDisk((await file.stat()).size, size, 0, 1));
-  const memory = Buffer.alloc(depth * size);
+  const memory = Array.from({ length: depth }, () => Buffer.alloc(size));
   const disk = {
     read: (into: Buffer, place: TransferPlace) => file.read(into, place),
     write: () => Promise.reject(new Error("only reads are measured")),
   };
   meter.start();
   if (way.api === "promise") await runPromises(disk, plan, meter, [{ targets, memory, latency }]);
-  else readInTurn(file.fd, memory, targets, meter, latency);
+  else readInTurn(file.fd, memory[0], targets, meter, latency);
   return { ms: meter.countedMs, latency, jobs: [latency], cpuMicros: meter.cpuMicros, checked: 0 };
 }
 

@@ -90,8 +90,8 @@ export class CallbackRun {
     if (block < 0) return;
     const sector = block * this.sectorsPerBlock;
     const slot = targets.isWrite
-      ? this.queue.submitWrite(sector, memory, part * blockSize, blockSize)
-      : this.queue.submitRead(sector, memory, part * blockSize, blockSize);
+      ? this.queue.submitWrite(sector, memory[part], 0, blockSize)
+      : this.queue.submitRead(sector, memory[part], 0, blockSize);
     if (slot < 0)
       throw rangeError("--iodepth", `at most ${this.active}, the ring has no room for more`, this.plan.depth);
     // A device with nothing to do goes to sleep within a microsecond: it is served before the clock is.

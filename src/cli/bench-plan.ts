@@ -20,7 +20,8 @@ export interface BenchPlan extends TargetOptions, MeterOptions {
 /** One job while it runs: where its requests go, the memory that they use, and how long they took. */
 export interface Job<Memory> {
   readonly targets: Targets;
-  readonly memory: Memory;
+  /** As many as requests in flight, a block each. */
+  readonly memory: readonly Memory[];
   readonly latency: LatencyHistogram;
 }
 

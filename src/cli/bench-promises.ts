@@ -36,12 +36,13 @@ export async function runPromises<Memory>(
     meter.refresh();
   };
   const loop = async ({ targets, memory, latency }: Job<Memory>, part: number, since: Float64Array): Promise<void> => {
-    const options = { position: 0, offset: part * length, length };
+    const options = { position: 0, offset: 0, length };
+    const buffer = memory[part];
     for (let isFirst = true; meter.isRunning; isFirst = false) {
       const block = targets.take(part);
       if (block < 0) return;
       options.position = block * length;
-      const request = targets.isWrite ? disk.write(memory, options) : disk.read(memory, options);
+      const request = targets.isWrite ? disk.write(buffer, options) : disk.read(buffer, options);
       // The clock comes after the device, as it does for callbacks: one look ends the request before and begins this.
       refresh();
       if (!isFirst) meter.completed(latency, since, part);

@@ -58,10 +58,11 @@ export async function runBench(
 
 /** A job with memory for all its requests and a part of the disk for itself. */
 async function makeJob(disk: BlockDevice, plan: BenchPlan, index: number): Promise<Job<DeviceBuffer>> {
-  const memory = await disk.allocate(plan.depth * plan.blockSize);
-  if (plan.writes !== "none") fillWithNoise(memory.bytes);
+  const memory = await Promise.all(Array.from({ length: plan.depth }, () => disk.allocate(plan.blockSize)));
+  const bytes = memory.map((buffer) => buffer.bytes);
+  if (plan.writes !== "none") bytes.forEach(fillWithNoise);
   const part = partOfDisk(disk.capacity, plan.blockSize, index, plan.jobs);
-  const targets = plan.verify ? new VerifiedTargets(plan, part, memory.bytes) : new Targets(plan, part);
+  const targets = plan.verify ? new VerifiedTargets(plan, part, bytes) : new Targets(plan, part);
   return { targets, memory, latency: new LatencyHistogram() };
 }
 

@@ -18,10 +18,10 @@ export interface VerifyOptions extends TargetOptions {
 
 /**
  * Targets that keep account of what each block holds. No two requests in flight go to the same block, for then
- * nobody could say what it holds. The first request in flight uses the first `blockSize` bytes of the memory, and so on.
+ * nobody could say what it holds.
  */
 export class VerifiedTargets extends Targets {
-  private readonly memory: Int32Array;
+  private readonly memory: readonly Int32Array[];
   private readonly wordsPerBlock: number;
   private readonly blockSize: number;
   private readonly run = randomInt(1, 2 ** 31);
@@ -39,7 +39,7 @@ export class VerifiedTargets extends Targets {
   /**
    * @throws RangeError when the disk has fewer blocks than requests are in flight, or too many to keep account of.
    */
-  constructor(options: VerifyOptions, part: DiskPart, memory: Uint8Array) {
+  constructor(options: VerifyOptions, part: DiskPart, memory: readonly Uint8Array[]) {
     super(options, part);
     const { blockSize, depth } = options;
     if (this.blocks > MAX_BLOCKS) {
@@ -57,7 +57,7 @@ export class VerifiedTargets extends Targets {
       );
     }
     this.blockSize = blockSize;
-    this.memory = new Int32Array(memory.buffer, memory.byteOffset, memory.length / 4);
+    this.memory = memory.map(({ buffer, byteOffset, length }) => new Int32Array(buffer, byteOffset, length / 4));
     this.wordsPerBlock = blockSize / 4;
     this.generations = new Uint32Array(this.blocks);
     this.busy = new Uint8Array(this.blocks);
@@ -113,37 +113,35 @@ export class VerifiedTargets extends Targets {
   }
 
   private stamp(part: number, block: number, generation: number): void {
-    const { memory, run, wordsPerBlock } = this;
-    const begin = part * wordsPerBlock;
+    const { run, wordsPerBlock } = this;
+    const memory = this.memory[part];
     for (let word = 0; word < wordsPerBlock; word += STAMP_WORDS) {
-      const at = begin + word;
-      memory[at] = block;
-      memory[at + 1] = generation;
-      memory[at + 2] = run;
-      memory[at + 3] = word;
+      memory[word] = block;
+      memory[word + 1] = generation;
+      memory[word + 2] = run;
+      memory[word + 3] = word;
     }
   }
 
   private check(part: number, block: number, generation: number): boolean {
-    const { memory, run, wordsPerBlock } = this;
-    const begin = part * wordsPerBlock;
+    const { run, wordsPerBlock } = this;
+    const memory = this.memory[part];
     for (let word = 0; word < wordsPerBlock; word += STAMP_WORDS) {
-      const at = begin + word;
       const isRight =
-        memory[at] === block &&
-        memory[at + 1] === (generation | 0) &&
-        memory[at + 2] === run &&
-        memory[at + 3] === word;
+        memory[word] === block &&
+        memory[word + 1] === (generation | 0) &&
+        memory[word + 2] === run &&
+        memory[word + 3] === word;
       if (isRight) continue;
-      this.mismatch ??= this.describe(at, block, generation, word);
+      this.mismatch ??= this.describe(memory, block, generation, word);
       return false;
     }
     this.checkedBlocks++;
     return true;
   }
 
-  private describe(at: number, block: number, generation: number, word: number): VirtioError {
-    const [foundBlock, foundGeneration, foundRun, foundWord] = this.memory.subarray(at, at + STAMP_WORDS);
+  private describe(memory: Int32Array, block: number, generation: number, word: number): VirtioError {
+    const [foundBlock, foundGeneration, foundRun, foundWord] = memory.subarray(word, word + STAMP_WORDS);
     const isOurs =
       foundRun === this.run &&
       foundWord === word &&

@@ -103,18 +103,15 @@ export class DeviceBuffer {
    *   both; ERR_VIRTIO_CLOSED when the buffer was released. RangeError for bytes outside of it.
    */
   lend(offset: number, length: number, deviceWrites: boolean): void {
-    if (this.#released) throw alreadyReleased("lend");
     const end = offset + length;
-    if (!(offset >= 0 && end > offset && end <= this.length)) {
-      checkInteger("offset", offset, 0, this.length);
-      throw rangeError("length", `1 to ${this.length - offset} bytes`, length);
-    }
-    if (this.#lendings === 0) {
+    // Short, to be compiled into its callers: nothing else is lent, and the range is right.
+    const isRight = offset >= 0 && end > offset && end <= this.length && Number.isSafeInteger(end);
+    if (isRight && this.#lendings === 0 && !this.#released) {
       this.#start = offset;
       this.#end = end;
       this.#deviceWrites = deviceWrites;
-    } else this.#lendMore(offset, end, deviceWrites);
-    this.#lendings++;
+      this.#lendings = 1;
+    } else this.#lendMore(offset, length, deviceWrites);
   }
 
   /**
@@ -125,19 +122,26 @@ export class DeviceBuffer {
   giveBack(offset: number, length: number): void {
     const end = offset + length;
     if (this.#start === offset && this.#end === end) this.#end = 0;
-    else if (this.#more?.giveBack(offset, end) !== true) {
-      throw rangeError("offset", "a range of bytes that is lent", offset);
-    }
+    else this.#giveBackMore(offset, end);
     this.#lendings--;
     if (this.#lendings === 0 && this.#released) takeBack(this.#pool, this);
   }
 
-  #lendMore(start: number, end: number, deviceWrites: boolean): void {
+  #giveBackMore(start: number, end: number): void {
+    if (this.#more?.giveBack(start, end) !== true) throw rangeError("offset", "a range of bytes that is lent", start);
+  }
+
+  #lendMore(start: number, length: number, deviceWrites: boolean): void {
+    if (this.#released) throw alreadyReleased("lend");
+    checkInteger("offset", start, 0, this.length);
+    checkInteger("length", length, 1, this.length - start);
+    const end = start + length;
     const obstacle =
       this.#start < end && this.#end > start && (deviceWrites || this.#deviceWrites)
         ? { start: this.#start, end: this.#end, deviceWrites: this.#deviceWrites }
         : (this.#more ??= new Lendings()).lend(start, end, deviceWrites);
     if (obstacle !== undefined) throw inUse({ start, end, deviceWrites }, obstacle);
+    this.#lendings++;
   }
 }
 

@@ -43,12 +43,12 @@ test("random targets reach every block of their part of the disk, and no other; 
 
 /** Verified targets of `blocks` blocks of 1 KiB, with memory for `depth` requests, and a disk that does them. */
 function verified(blocks: number, depth: number, writes: WriteShare = "half", firstBlock = 0) {
-  const memory = new Uint8Array(depth * KIB);
+  const memory = Array.from({ length: depth }, () => new Uint8Array(KIB));
   const disk = new Uint8Array((firstBlock + blocks) * KIB);
   const options = { writes, isRandom: writes === "half", blockSize: KIB, depth };
   const targets = new VerifiedTargets(options, { firstBlock, blocks }, memory);
   const transfer = (part: number, block: number): void => {
-    const ofMemory = memory.subarray(part * KIB, (part + 1) * KIB);
+    const ofMemory = memory[part];
     const ofDisk = disk.subarray(block * KIB, (block + 1) * KIB);
     if (targets.isWrite) ofDisk.set(ofMemory);
     else ofMemory.set(ofDisk);
