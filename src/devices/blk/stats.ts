@@ -25,7 +25,7 @@ export interface QueueStats {
   readonly kicks: number;
   /** Notifications that came from the device. */
   readonly wakeUps: number;
-  /** Requests submitted again after a reconnect. */
+  /** Requests that this driver submitted again after a reconnect. A back-end that keeps track does so by itself. */
   readonly replayed: number;
   /** Requests that failed, by code. */
   readonly errors: ErrorCounts;

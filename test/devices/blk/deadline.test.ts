@@ -1,9 +1,9 @@
 /** Calls that may take so long and no longer: by a time limit, by a signal, or until the device is closed. */
 
 import assert from "node:assert/strict";
-import { getEventListeners } from "node:events";
+import { getEventListeners, once } from "node:events";
 import { describe, type TestContext, test } from "node:test";
-import type { BlockDevice } from "../../../src/devices/blk/index.js";
+import { BlockDevice } from "../../../src/devices/blk/index.js";
 import { BlkFeature } from "../../../src/protocol/blk.js";
 import type { FakeTransport } from "../../../src/testing/index.js";
 import { ALL_REQUESTS, answerRead, type Bench, failure, openFake, pattern, refused, turn } from "./support.js";
@@ -272,6 +272,29 @@ describe("close with a time limit", () => {
     await closing;
     await reading;
     assert.equal(transport.regionsClosed, 1);
+  });
+
+  test("BASIC-DRV-23 a thread that drives a queue of it has as long", async (t) => {
+    const bench = await openFake(t, {
+      ...{ features: BlkFeature.MQ, config: { numQueues: 2 }, maxQueues: 2, open: { queues: 2 } },
+    });
+    const adopted = await BlockDevice.adopt(await bench.disk.handOver());
+    const told = once(adopted, "lost");
+    let ended = false;
+    const reading = assert.rejects(adopted.read(new Uint8Array(512)), failure("ERR_VIRTIO_CLOSED")).then(() => {
+      ended = true;
+    });
+    while ((await bench.take()).length === 0);
+    t.mock.timers.enable({ apis: ["setTimeout"] });
+    const closing = bench.disk.close({ timeout: LIMIT });
+    await told;
+    t.mock.timers.tick(LIMIT - 1);
+    await turn();
+    assert.equal(ended, false);
+    t.mock.timers.tick(1);
+    await reading;
+    await closing;
+    assert.equal(bench.transport.regionsClosed, 1);
   });
 
   test("a wrong one is refused, and the device stays open", async (t) => {

@@ -60,7 +60,7 @@ describe("stats()", () => {
       assert.rejects(disk.read(lent), failure("ERR_VIRTIO_IO")),
       assert.rejects(disk.read(new Uint8Array(512)), failure("ERR_VIRTIO_IO")),
       assert.rejects(disk.flush(), failure("ERR_VIRTIO_UNSUPPORTED")),
-      assert.rejects(disk.write(lent), failure("ERR_VIRTIO_STATUS")),
+      assert.rejects(disk.write(await disk.allocate(512)), failure("ERR_VIRTIO_STATUS")),
     ];
     (await bench.take()).forEach((request, i) => request.answer({ status: [1, 1, 2, 77][i] }));
     await Promise.all(calls);
