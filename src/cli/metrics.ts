@@ -4,7 +4,7 @@ import { once } from "node:events";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import { collectDefaultMetrics, Counter, Gauge, Registry } from "prom-client";
 import { fileError } from "../sys/errno.js";
-import type { HostPort } from "./metrics-option.js";
+import type { HostPort } from "./options.js";
 import { narrate } from "./terminal.js";
 
 const PATH = "/metrics";
