@@ -150,6 +150,7 @@ describe("the virtio-blk device", () => {
     storage.finish("flush");
     assert.equal((await flush).status, OK);
     assert.equal(await isStable(ring, storage), false);
+    assert.equal((await config(front))[32], 1);
     front.close();
 
     const other = await frontEndFor(t, backend).start(FLUSH | CONFIG_WCE);
