@@ -1,23 +1,8 @@
 /** The option --metrics of the commands that count: where a page for Prometheus is to be. */
 
-import { type Command, InvalidArgumentError } from "commander";
+import type { Command } from "commander";
 import type { MetricsPage } from "./metrics.js";
-
-/** Where to listen for TCP connections. */
-export interface HostPort {
-  readonly host: string;
-  /** 0: any free one. */
-  readonly port: number;
-}
-
-/** Parser of a port on this machine, with the address to listen at or without: `9100`, `0.0.0.0:9100`, `[::1]:9100`. */
-function hostPort(word: string): HostPort {
-  const [, inBrackets, plain, port] = /^(?:(?:\[([0-9A-Fa-f:.]+)\]|([^\s:[\]/]+)):)?([0-9]{1,5})$/.exec(word) ?? [];
-  if (port === undefined || Number(port) > 65535) {
-    throw new InvalidArgumentError("It is no PORT or HOST:PORT, such as 9100, 0.0.0.0:9100 or [::1]:9100.");
-  }
-  return { host: inBrackets ?? plain ?? "127.0.0.1", port: Number(port) };
-}
+import { type HostPort, hostPort } from "./options.js";
 
 /** What a command with the option finds among its flags. */
 export interface MetricsFlags {

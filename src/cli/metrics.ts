@@ -4,7 +4,7 @@ import { once } from "node:events";
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import { collectDefaultMetrics, Counter, Gauge, Registry } from "prom-client";
 import { fileError } from "../sys/errno.js";
-import type { HostPort } from "./metrics-option.js";
+import type { HostPort } from "./options.js";
 import { narrate } from "./terminal.js";
 
 const PATH = "/metrics";
@@ -70,24 +70,26 @@ export class MetricsPage {
 
   /** Have a counter on the page; its values are asked for when somebody looks. */
   counter(name: string, help: string, samples: () => Iterable<Sample>, labelNames: readonly string[] = []): void {
-    new Counter({
-      ...{ name, help, labelNames, registers: [this.registry] },
+    const metric = new Counter({
+      ...{ name, help, labelNames, registers: [] },
       collect() {
         this.reset();
         for (const { labels = {}, value } of samples()) this.inc(labels, value);
       },
     });
+    this.registry.registerMetric(metric);
   }
 
   /** Have a value on the page that may fall as well as rise. */
   gauge(name: string, help: string, samples: () => Iterable<Sample>, labelNames: readonly string[] = []): void {
-    new Gauge({
-      ...{ name, help, labelNames, registers: [this.registry] },
+    const metric = new Gauge({
+      ...{ name, help, labelNames, registers: [] },
       collect() {
         this.reset();
         for (const { labels = {}, value } of samples()) this.set(labels, value);
       },
     });
+    this.registry.registerMetric(metric);
   }
 
   /** Hang up on everybody. What is being sent is cut off: a command that has ended does not wait for its readers. */

@@ -34,3 +34,19 @@ export function seconds(word: string): number {
   }
   return value;
 }
+
+/** Where to listen for TCP connections. */
+export interface HostPort {
+  readonly host: string;
+  /** 0: any free one. */
+  readonly port: number;
+}
+
+/** Parser of a port on this machine, with the address to listen at or without: `9100`, `0.0.0.0:9100`, `[::1]:9100`. */
+export function hostPort(word: string): HostPort {
+  const [, inBrackets, plain, port] = /^(?:(?:\[([0-9A-Fa-f:.]+)\]|([^\s:[\]/]+)):)?([0-9]{1,5})$/.exec(word) ?? [];
+  if (port === undefined || Number(port) > 65535) {
+    throw new InvalidArgumentError("It is no PORT or HOST:PORT, such as 9100, 0.0.0.0:9100 or [::1]:9100.");
+  }
+  return { host: inBrackets ?? plain ?? "127.0.0.1", port: Number(port) };
+}

@@ -130,6 +130,7 @@ describe("the virtio-blk device", () => {
 
   it("BLK-DEV-21 a front-end that reads the mode before features are agreed, as QEMU does, may rely on it", async (t) => {
     const storage = new SlowStorage();
+    t.after(() => storage.release());
     const front = frontEndFor(t, backendFor(t, storage).backend);
     front.send(VhostUserRequest.SET_PROTOCOL_FEATURES, u64Codec.encode(ALL_PROTOCOL_FEATURES));
     assert.equal((await config(front))[32], 1);
@@ -139,6 +140,7 @@ describe("the virtio-blk device", () => {
 
   it("BLK-DEV-21 a front-end that was not told of the cache in this connection is served without, until it flushes or reads", async (t) => {
     const storage = new SlowStorage();
+    t.after(() => storage.release());
     const { backend } = backendFor(t, storage);
     const front = frontEndFor(t, backend);
     const ring = await front.start(FLUSH | CONFIG_WCE);
@@ -148,6 +150,7 @@ describe("the virtio-blk device", () => {
     storage.finish("flush");
     assert.equal((await flush).status, OK);
     assert.equal(await isStable(ring, storage), false);
+    assert.equal((await config(front))[32], 1);
     front.close();
 
     const other = await frontEndFor(t, backend).start(FLUSH | CONFIG_WCE);
@@ -158,6 +161,7 @@ describe("the virtio-blk device", () => {
 
   it("BLK-DEV-21 a guest that chose writethrough is served so after a reset, though its front-end does not repeat it", async (t) => {
     const storage = new SlowStorage();
+    t.after(() => storage.release());
     const front = frontEndFor(t, backendFor(t, storage).backend);
     const ring = await front.start(FLUSH | CONFIG_WCE);
     assert.equal((await config(front))[32], 1);
@@ -312,6 +316,7 @@ describe("the virtio-blk device", () => {
     t.after(() => storage.release());
     const { backend } = backendFor(t, storage);
     const ring = await frontEndFor(t, backend).start(SLOW);
+    assert.equal((await config(ring.front))[32], 1);
     for (const failing of [-1, 1]) {
       const pending = ring.segments(BlkRequestType.WRITE_ZEROES, [0n, 1, 0], [8n, 1, 1], [16n, 1, 0]);
       for (const i of [0, 1, 2]) {

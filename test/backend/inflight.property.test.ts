@@ -172,7 +172,8 @@ class World {
     const driver = copyOf(this.driver);
     const done = new Set(driver.collect().map(({ id }) => id));
     const left = this.order.filter(({ id }) => !done.has(id)).sort((a, b) => a.length - b.length);
-    const { queue } = new BackEnd(this.format, driver.place, this.region.slice(0), this.room);
+    const { queue, record, counts } = new BackEnd(this.format, driver.place, this.region.slice(0), this.room);
+    const { waiting } = record;
     const chains: DescriptorChain[] = [];
     for (let chain = new DescriptorChain(driver.place.size); queue.pop(chain); ) {
       this.check(chain, left[chains.length]);
@@ -180,6 +181,7 @@ class World {
       chain = new DescriptorChain(driver.place.size);
     }
     assert.equal(chains.length, left.length, "requests were lost");
+    assert.equal(counts.replayed, waiting);
     const odd = chains.filter((_, i) => i % 2 === 1);
     const even = chains.filter((_, i) => i % 2 === 0);
     for (const chain of [...odd, ...even]) {

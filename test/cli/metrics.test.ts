@@ -27,9 +27,9 @@ interface Told {
   readonly child: ChildProcessWithoutNullStreams;
   readonly url: string;
   readonly ended: Promise<Finished>;
-  scrape(): Promise<Page>;
+  readonly scrape: () => Promise<Page>;
   /** Scrape until the page says so. */
-  until(condition: (page: Page) => boolean): Promise<Page>;
+  readonly until: (condition: (page: Page) => boolean) => Promise<Page>;
 }
 
 /** No wait of a test is longer. */
