@@ -18,12 +18,13 @@ const FILLING = `
   for (;;) writeSync(workerData, new BigUint64Array([2n ** 64n - 2n]));
 `;
 
+const fillers: Worker[] = [];
 const peer = new ScriptedPeer({
   misbehave({ name, fds: [fd] }) {
     if (name !== "SET_VRING_KICK") return undefined;
     if (native().fcntl(fd, F_SETFL, O_RDWR) !== 0) throw new Error("fcntl");
     writeSync(fd, new BigUint64Array([2n ** 64n - 2n]));
-    for (let i = 0; i < THREADS; i++) new Worker(FILLING, { eval: true, workerData: fd });
+    for (let i = 0; i < THREADS; i++) fillers.push(new Worker(FILLING, { eval: true, workerData: fd }));
     process.stdout.write("jammed\n");
     return undefined;
   },
