@@ -71,6 +71,10 @@ void unguard(int number);
 bool is_lost(int number);
 napi_value fault_counter_(napi_env env, const napi_value *args);
 
+/* jam.c */
+napi_value jam_watch_(napi_env env, const napi_value *args);
+napi_value jam_end_(napi_env env, const napi_value *args);
+
 /* devices.c */
 napi_value address_(napi_env env, const napi_value *args);
 napi_value register_read_(napi_env env, const napi_value *args);

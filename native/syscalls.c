@@ -5,7 +5,7 @@
  * src/sys; here a wrong one becomes -EBADF or -EINVAL. Nothing waits: sockets are called with MSG_DONTWAIT, reads
  * are made non-blocking by themselves (see drain), and calls on files run on another thread when they are given a
  * callback (see files.c). Three things have a life of their own: a mapping, which is the memory of an ArrayBuffer, a
- * watcher, which is a libuv handle, and a call on another thread. All end with their environment, so that worker
+ * watcher, which is a libuv handle, and a call on another thread (and see jam.c). All end with their environment, so that worker
  * threads can be terminated at any time.
  */
 #define _GNU_SOURCE
@@ -547,6 +547,7 @@ static const struct named_function functions[] = {
     {"accept", accept_}, {"socketpair", socketpair_}, {"sendmsg", sendmsg_}, {"recvmsg", recvmsg_}, {"close", close_},
     {"ioctl", ioctl_}, {"preadv", preadv_}, {"pwritev", pwritev_}, {"address", address_},
     {"registerRead", register_read_}, {"registerWrite", register_write_},
+    {"jamWatch", jam_watch_}, {"jamEnd", jam_end_},
 };
 
 static bool export_function(napi_env env, napi_value exports, const char *name, napi_callback callback,

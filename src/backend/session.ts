@@ -496,6 +496,10 @@ export class Session implements VringEvents {
     if (this.has(VhostUserProtocolFeature.STATUS) && (this.status & STATUS_DRIVER_OK) !== 0) this.configChanged();
   }
 
+  jammed(): void {
+    this.connection.end(new VirtioError("ERR_VIRTIO_PROTOCOL", "the front-end fills the counter of a notification"));
+  }
+
   lost(): boolean {
     if (!this.context.memory.isLost && this.inflight?.isLost !== true) return false;
     for (const ring of this.rings) ring.abandon();

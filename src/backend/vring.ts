@@ -3,7 +3,7 @@
 import { readlinkSync } from "node:fs";
 import { checkInteger, VirtioError } from "../errors.js";
 import { type VringAddress, VRING_BASE_PACKED, VRING_BASE_SPLIT } from "../protocol/vhost-user.js";
-import { closeFd, EventFd, FdWatcher, faultCounter } from "../sys/index.js";
+import { closeFd, EventFd, FdWatcher, faultCounter, JamGuard } from "../sys/index.js";
 import { DescriptorChain } from "../virtqueue/device-chain.js";
 import { DeviceVirtqueue, ringAreas } from "../virtqueue/device.js";
 import type { RingArea } from "../virtqueue/device-ring.js";
@@ -38,6 +38,8 @@ export interface VringEvents {
   answered(ring: Vring): void;
   /** A ring broke: the device needs a reset. */
   broke(): void;
+  /** The front-end makes notifications wait. */
+  jammed(): void;
   /** Some process took memory away from us: whether it was memory of this session, which then ends. */
   lost(): boolean;
 }
@@ -69,6 +71,7 @@ export class Vring implements Pollable, CompletionSink {
   private kick: { readonly event: EventFd; readonly watcher: FdWatcher } | undefined;
   private call: EventFd | undefined;
   private error: EventFd | undefined;
+  private jam: JamGuard | undefined;
 
   private queue: RingQueue | undefined;
   private record: InflightRecord | undefined;
@@ -178,8 +181,8 @@ export class Vring implements Pollable, CompletionSink {
 
   /** `SET_VRING_CALL`; undefined: the driver polls. */
   setCall(fd: number | undefined): void {
-    const event = fd === undefined ? undefined : eventFrom(fd);
-    this.call?.close();
+    const event = this.guarded(fd);
+    this.drop(this.call);
     this.call = event;
     // What the driver did not hear by the old descriptor, it hears by the new one.
     if (this.queue !== undefined) event?.signal();
@@ -187,8 +190,8 @@ export class Vring implements Pollable, CompletionSink {
 
   /** `SET_VRING_ERR`. */
   setError(fd: number | undefined): void {
-    const event = fd === undefined ? undefined : eventFrom(fd);
-    this.error?.close();
+    const event = this.guarded(fd);
+    this.drop(this.error);
     this.error = event;
   }
 
@@ -221,6 +224,8 @@ export class Vring implements Pollable, CompletionSink {
   reset(): void {
     this.stop();
     this.setError(undefined);
+    this.jam?.close();
+    this.jam = undefined;
     this.enabled = false;
     this.size = 0;
     this.base = undefined;
@@ -394,6 +399,26 @@ export class Vring implements Pollable, CompletionSink {
       this.stats.failed("ring", signalError);
     }
     this.events.broke();
+  }
+
+  /** An event to signal. The front-end has its flags, too, and could make a signal wait. */
+  private guarded(fd: number | undefined): EventFd | undefined {
+    if (fd === undefined) return undefined;
+    const event = eventFrom(fd);
+    try {
+      this.jam ??= new JamGuard(() => this.events.jammed());
+      this.jam.add(event);
+      return event;
+    } catch (error) {
+      event.close();
+      throw error;
+    }
+  }
+
+  private drop(event: EventFd | undefined): void {
+    if (event === undefined) return;
+    this.jam?.remove(event);
+    event.close();
   }
 
   private closeKick(): void {

@@ -12,7 +12,7 @@ const CLOSED = -1;
  * with `FdWatcher`.
  *
  * Whoever shares the descriptor shares its flags: a peer that clears O_NONBLOCK and fills the counter makes the
- * next {@link EventFd.signal} wait. Reading never waits.
+ * next {@link EventFd.signal} wait, until somebody reads: a `JamGuard` does. Reading never waits.
  */
 export class EventFd {
   #fd: number;

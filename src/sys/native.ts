@@ -12,6 +12,11 @@ export interface NativeWatch {
   readonly __opaque: unique symbol;
 }
 
+/** An eventfd that is looked after; an opaque handle of the addon. */
+export interface NativeJam {
+  readonly __opaqueJam: unique symbol;
+}
+
 /**
  * Reads or writes a file; `places` has pairs of offset and length in `memory`. With a callback it is done on another
  * thread: the callback has the result, and what is returned is 0, or `-errno` when it could not begin.
@@ -49,6 +54,8 @@ export interface NativeBinding {
   eventfd(): number;
   signal(fd: number): number | undefined;
   drain(fd: number): number;
+  jamWatch(event: number, report: number): NativeJam | number;
+  jamEnd(jam: NativeJam): void;
   watch(fd: number, drains: boolean, writable: boolean, callback: () => void): NativeWatch | number;
   watchRef(watch: NativeWatch, keepsAlive: boolean): void;
   watchClose(watch: NativeWatch): void;

@@ -76,3 +76,15 @@ export class Lifetime {
     queueMicrotask(() => callback(error));
   }
 }
+
+/**
+ * A step of giving a device back. What it answers no longer matters: closing the device takes everything from it, and
+ * what led here has been told.
+ */
+export function quietly(step: () => void): void {
+  try {
+    step();
+  } catch {
+    // See above.
+  }
+}

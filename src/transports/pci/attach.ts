@@ -4,7 +4,7 @@ import { setImmediate as nextTurn } from "node:timers/promises";
 import { VirtioError } from "../../errors.js";
 import { PciCommand, PciConfigField, VirtioPciCommon } from "../../protocol/virtio-pci.js";
 import { VIRTQUEUE_MAX_SIZE } from "../../virtqueue/defs.js";
-import { Lifetime } from "../lifetime.js";
+import { Lifetime, quietly } from "../lifetime.js";
 import { StatusSequence } from "../status.js";
 import type { WaitOptions } from "../transport.js";
 import { checkWait, DEFAULT_TIMEOUT } from "../wait.js";
@@ -180,17 +180,5 @@ class CommandRegister {
   #write(bits: number): void {
     const { offset, width } = PciConfigField.COMMAND;
     this.#fn.writeConfig(offset, width, this.#found | bits);
-  }
-}
-
-/**
- * A step of giving a device back. What it answers no longer matters: closing the function takes everything from it, and
- * what led here has been told.
- */
-export function quietly(step: () => void): void {
-  try {
-    step();
-  } catch {
-    // See above.
   }
 }

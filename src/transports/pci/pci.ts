@@ -7,11 +7,12 @@ import { VirtioPciCommon } from "../../protocol/virtio-pci.js";
 import { EventFd, FdWatcher } from "../../sys/index.js";
 import { VirtioFeature } from "../../virtqueue/features.js";
 import { chooseFeatures, COMMON_FEATURES } from "../features.js";
+import { quietly } from "../lifetime.js";
 import { TransportMemory } from "../memory.js";
 import { checkQueues } from "../queues.js";
 import type { QueueNotifier, QueueSetup, VirtioTransport, WaitOptions } from "../transport.js";
 import { checkWait } from "../wait.js";
-import { AttachedDevice, type QueueLimits, quietly } from "./attach.js";
+import { AttachedDevice, type QueueLimits } from "./attach.js";
 import type { PciSharedMemory } from "./capabilities.js";
 import type { PciFunction } from "./function.js";
 import { PciInterrupts } from "./interrupts.js";
@@ -339,11 +340,12 @@ export class Pci implements VirtioTransport {
     quietly(() => this.#interrupts.disconnect());
     quietly(() => this.#device.stopMaster());
     for (const region of this.#memory.regions) quietly(() => fn.unmapDma(region));
-    this.#queues.close();
+    quietly(() => this.#queues.close());
     this.#device.release();
     try {
       fn.close();
     } finally {
+      // Closing it has stopped it, whatever was refused before, and what it still did went to pages that were pinned.
       for (const queue of this.#started.values()) queue.close();
       this.#memory.close();
     }

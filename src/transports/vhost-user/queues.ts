@@ -8,7 +8,7 @@ import {
   vringFdCodec,
   vringStateCodec,
 } from "../../protocol/vhost-user.js";
-import { EventFd, FdWatcher } from "../../sys/index.js";
+import { EventFd, FdWatcher, JamGuard } from "../../sys/index.js";
 import type { VirtioError } from "../../errors.js";
 import type { QueueNotifier, QueueSetup } from "../transport.js";
 import type { Message, RequestChannel } from "./channel.js";
@@ -82,7 +82,9 @@ export class VhostUserQueues {
   readonly #switched: boolean;
   readonly #tracked: boolean;
   readonly #onError: (index: number) => void;
+  readonly #onJam: () => void;
   readonly #look: () => VirtioError | undefined;
+  #jam: JamGuard | undefined = undefined;
   #channel: RequestChannel;
   #queues: VhostUserQueue[] = [];
   #setups: readonly QueueSetup[] = [];
@@ -93,6 +95,7 @@ export class VhostUserQueues {
    * @param options.switched bit 30 was negotiated: queues begin disabled. Without it they begin enabled and there is no
    *   message.
    * @param options.tracked INFLIGHT_SHMFD is in force.
+   * @param options.onJam the back-end fills the counter of our notifications, to make us wait.
    * @param options.look see `QueueNotifier.look`.
    */
   constructor(
@@ -101,6 +104,7 @@ export class VhostUserQueues {
       switched: boolean;
       tracked: boolean;
       onError: (index: number) => void;
+      onJam: () => void;
       look: () => VirtioError | undefined;
     },
   ) {
@@ -108,6 +112,7 @@ export class VhostUserQueues {
     this.#switched = options.switched;
     this.#tracked = options.tracked;
     this.#onError = options.onError;
+    this.#onJam = options.onJam;
     this.#look = options.look;
   }
 
@@ -133,6 +138,8 @@ export class VhostUserQueues {
   async start(setups: readonly QueueSetup[], packed: boolean): Promise<VhostUserQueue[]> {
     try {
       for (const { index } of setups) this.#queues.push(new VhostUserQueue(index, this.#onError, this.#look));
+      this.#jam = new JamGuard(this.#onJam);
+      for (const { kick } of this.#queues) this.#jam.add(kick);
       this.#setups = setups;
       this.#packed = packed;
       await this.#begin(setups.map(() => (packed ? VRING_BASE_PACKED : VRING_BASE_SPLIT)));
@@ -164,6 +171,8 @@ export class VhostUserQueues {
 
   /** Free the eventfds, and what tracks requests in flight. */
   close(): void {
+    this.#jam?.close();
+    this.#jam = undefined;
     for (const queue of this.#queues.splice(0)) queue.close();
     this.#dropInflight();
   }

@@ -37,6 +37,7 @@ export interface VhostUserOptions extends WaitOptions {
 }
 
 const U64_MAX = 0xffff_ffff_ffff_ffffn;
+const JAMMED = "fills the counter of a notification, which makes us wait; it is hostile or broken, use another";
 
 /**
  * A connection to a vhost-user back-end (QEMU `docs/interop/vhost-user.rst`, the front-end's part).
@@ -158,6 +159,7 @@ export class VhostUser implements VirtioTransport {
       switched: introduction.hasProtocolFeatures,
       tracked: this.#has(VhostUserProtocolFeature.INFLIGHT_SHMFD),
       onError: (index) => this.#queueBroke(index),
+      onJam: () => this.#end(new VirtioError("ERR_VIRTIO_PROTOCOL", `${peer} ${JAMMED}`)),
       look: () => this.#look(),
     });
     this.#listen();

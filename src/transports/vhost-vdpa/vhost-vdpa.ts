@@ -6,7 +6,7 @@ import { VhostVdpaBackendFeature } from "../../protocol/vhost-vdpa.js";
 import { isPowerOfTwo } from "../../virtqueue/layout.js";
 import { VirtioFeature } from "../../virtqueue/features.js";
 import { chooseFeatures, COMMON_FEATURES } from "../features.js";
-import { Lifetime } from "../lifetime.js";
+import { Lifetime, quietly } from "../lifetime.js";
 import { TransportMemory } from "../memory.js";
 import { checkQueues } from "../queues.js";
 import { StatusSequence } from "../status.js";
@@ -302,17 +302,15 @@ export class VhostVdpa implements VirtioTransport {
   }
 
   async #shutDown(): Promise<void> {
-    try {
-      // Reset first: afterwards the device touches no memory, which can go.
-      await this.#status.reset({ timeout: this.#timeout });
-      for (const region of this.#memory.regions) this.#control.remove(region);
-    } catch {
-      // Closing the device does both, whatever it answered so far.
-    }
+    // Reset first: afterwards the device touches no memory. One that cannot be reset has its memory taken all the same:
+    // a device that runs in the kernel may use our addresses themselves, which are somebody else's when we unmap.
+    await this.#status.reset({ timeout: this.#timeout }).catch(() => undefined);
+    for (const region of this.#memory.regions) quietly(() => this.#control.remove(region));
     this.#queues.close();
     try {
       this.#control.close();
     } finally {
+      // Closing the device resets it and takes all memory, whatever it answered so far.
       this.#memory.close();
       this.#lifetime.end(this.#lifetime.closedError());
     }
