@@ -38,7 +38,7 @@ export interface TortureReport extends LifeCounts {
   replayed: number;
   /** Writes that a dead back-end had completed without a flush. */
   unflushed: number;
-  /** Sectors that a read found torn beside a write in flight, which may be. */
+  /** Sectors that a read found torn where that may be: beside a write in flight, mostly. */
   torn: number;
   /** Times that the whole image was checked. */
   images: number;
@@ -141,6 +141,7 @@ class Run {
   private async life(): Promise<void> {
     const { options, report, ledger, watch } = this;
     const until = Math.min(options.kills, report.kills + options.killsPerDevice);
+    const before = report.reconnects;
     const disk = await this.open();
     const queue = disk.info.queues === 2 && this.random.oneIn(2) ? disk.takeQueue() : undefined;
     if (queue !== undefined) queue.mode = disk.mode;
@@ -149,6 +150,7 @@ class Run {
     while (report.kills < until) await this.death(disk, life);
     await life.drain();
     await life.end();
+    if (disk.stats().reconnects !== report.reconnects - before) throw new TortureFailure("a reconnect is missing");
     this.checkImage("the image under a device at rest");
     await watch.wait(disk.close());
     this.disk = undefined;
@@ -261,7 +263,7 @@ class Run {
     return (
       `  ${device}, ${this.isConnected ? "connected" : `away, attempt ${this.attempt}`}, ${disk?.pending ?? 0} pending\n` +
       `  after kill ${report.kills} of device ${report.devices}, ${report.reconnects} reconnects, ` +
-      `${report.replayed} requests submitted again\n  the back-end has said: ${daemon?.output.trim() ?? "nothing"}`
+      `${report.replayed} requests submitted again\n  ${JSON.stringify(disk?.stats())}\n  the back-end has said: ${daemon?.output.trim() ?? "nothing"}`
     );
   }
 }
