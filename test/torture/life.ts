@@ -76,10 +76,13 @@ export class Life {
 
   /** What was done so far. */
   get counts(): LifeCounts {
-    const { allocate, ...calls } = this.load.counts;
+    const { counts } = this.load;
     const lowLevel = this.queueLoad?.requests ?? 0;
-    const requests = Object.values(calls).reduce((sum, count) => sum + count, lowLevel);
-    return { requests, abandoned: calls.abandon, flushes: calls.flush, lowLevel };
+    const calls = Object.values(counts).reduce((sum, count) => sum + count, 0);
+    return {
+      requests: calls - counts.allocate + lowLevel,
+      ...{ abandoned: counts.abandon, flushes: counts.flush, lowLevel },
+    };
   }
 }
 

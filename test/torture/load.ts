@@ -135,9 +135,8 @@ export class Load {
   }
 
   private one(worker: Worker): Promise<void> {
-    const kind = KINDS[this.context.random.below(KINDS.length)];
-    switch (kind) {
-      case "read":
+    switch (KINDS[this.context.random.below(KINDS.length)]) {
+      default:
         return this.read(worker);
       case "write":
         return this.write(worker);
@@ -332,7 +331,11 @@ export class Load {
 }
 
 /** Give a call up after some turns. Returns whether it had ended before; it may not take longer than a turn then. */
-async function givenUp(begin: (signal: AbortSignal) => Promise<unknown>, turns: number, what: string): Promise<boolean> {
+async function givenUp(
+  begin: (signal: AbortSignal) => Promise<unknown>,
+  turns: number,
+  what: string,
+): Promise<boolean> {
   const controller = new AbortController();
   const reason = new Error("given up");
   let isSettled = false;

@@ -151,7 +151,8 @@ export class VirtioBlkQueue {
   private readonly pacer = new PollPacer();
   private notifier: QueueNotifier | undefined = undefined;
   private isReported = false;
-  private submitted = 0;
+  /** Submitted for the first time or again: requests in flight keep their order over several devices. */
+  private sequence = 0;
   private kicks = 0;
   private replayed = 0;
   private idlePolls = 0;
@@ -209,7 +210,8 @@ export class VirtioBlkQueue {
 
   /** What the queue has done since it began. */
   get counters(): QueueCounters {
-    const { submitted, kicks, replayed } = this;
+    const { kicks, replayed } = this;
+    const submitted = this.sequence - replayed;
     return { submitted, completed: submitted - this.inFlight, kicks, wakeUps: this.watch.wakeUps, replayed };
   }
 
@@ -370,8 +372,6 @@ export class VirtioBlkQueue {
       moves[slot] = this.submitSegments(type, sector, { segments, deviceWrites, isLender });
       count++;
     });
-    // Requests that are not wanted any more are at their end; the others count once.
-    this.submitted -= count;
     this.replayed += count;
     this.queue.publish();
     this.onReplay(moves);
@@ -528,7 +528,7 @@ export class VirtioBlkQueue {
     this.bytes[slot * REQUEST_SIZE + STATUS_OFFSET] = UNWRITTEN;
     this.types[slot] = type;
     this.sectors[slot] = sector;
-    this.sequences[slot] = this.submitted++;
+    this.sequences[slot] = this.sequence++;
   }
 
   private returnBuffers(slot: number): void {
