@@ -51,6 +51,8 @@ const PATIENCE_MS = 40_000;
 const CLOSING_MS = 10_000;
 const MODES: readonly CompletionMode[] = ["hybrid", "event", "poll"];
 const QUEUE_SIZES = [256, 128, 64, 16];
+/** One in so many back-ends dies soon after the one before, with most of what was submitted again in flight. */
+const SOON = 4;
 /** One in so many outages lasts for some attempts to reach the back-end again. */
 const LONG_OUTAGES = 4;
 const LONGEST_OUTAGE = 4;
@@ -195,7 +197,7 @@ class Run {
   /** The back-end dies at some time, and comes back. */
   private async death(disk: BlockDevice, life: Life): Promise<void> {
     const { random, watch, options } = this;
-    const calls = watch.completed + random.below(options.calls);
+    const calls = watch.completed + random.below(random.oneIn(SOON) ? Math.ceil(options.calls / 40) : options.calls);
     await watch.until(() => watch.completed >= calls);
     if (random.oneIn(FREEZES)) {
       // What it has not taken by now it never takes.
