@@ -144,8 +144,10 @@ class Run {
     const { options, report, ledger, watch } = this;
     const until = Math.min(options.kills, report.kills + options.killsPerDevice);
     const before = report.reconnects;
-    const disk = await this.open();
-    const queue = disk.info.queues === 2 && this.random.oneIn(2) ? disk.takeQueue() : undefined;
+    // In turn, so that a run has seen all of them.
+    const turn = options.seed + report.devices;
+    const disk = await this.open(MODES[turn % 3], 1 + (turn % 2));
+    const queue = turn % 4 === 3 ? disk.takeQueue() : undefined;
     if (queue !== undefined) queue.mode = disk.mode;
     const life = new Life({ disk, ledger, random: this.random, watch }, queue);
     life.start();
@@ -159,13 +161,18 @@ class Run {
     for (const key of Object.keys(life.counts) as (keyof LifeCounts)[]) report[key] += life.counts[key];
   }
 
-  private async open(): Promise<BlockDevice> {
+  private async open(mode: CompletionMode, queues: number): Promise<BlockDevice> {
     const { random, report, options } = this;
     const packed = options.variant.packed;
     const disk = await openBlock(`vhost-user:${this.folder.file("vhost-user.sock")}`, {
-      // In turn, so that a run has seen all of them.
-      ...{ mode: MODES[(options.seed + report.devices) % 3], queues: 1 + ((options.seed + report.devices) % 2) },
-      ...{ queueSize: QUEUE_SIZES[random.below(4)], indirect: !random.oneIn(4), eventIdx: !random.oneIn(4), packed },
+      ...{
+        mode,
+        queues,
+        queueSize: QUEUE_SIZES[random.below(4)],
+        indirect: !random.oneIn(4),
+        eventIdx: !random.oneIn(4),
+        packed,
+      },
       reconnect: { minDelay: 2, maxDelay: 40, timeout: PATIENCE_MS },
     });
     this.disk = disk;
