@@ -192,6 +192,24 @@ describe("the ledger of the torture", () => {
     bench.refuses(0, /torn: write 3 up to byte 200/);
   });
 
+  it("after two writes at the same time a sector may be torn between them when one came in pieces", () => {
+    for (const inPieces of [true, false]) {
+      const bench = new Bench();
+      const both = [bench.begin(0), bench.ledger.begin("write", [{ position: 0, length: 512 }], inPieces)];
+      for (const change of both) bench.ledger.end(change);
+      bench.apply(both[0]);
+      const first = bench.disk.slice(0, 200);
+      bench.apply(both[1]);
+      bench.disk.set(first);
+      if (inPieces) bench.read(0);
+      else bench.refuses(0, /torn: write 1 up to byte 200, then write 2/);
+    }
+    const bench = new Bench();
+    bench.ledger.end(bench.ledger.begin("write", [{ position: 0, length: 512 }], true));
+    bench.disk[0] = 1;
+    bench.refuses(0, /invented|torn/);
+  });
+
   it("zeroes are zeroes; what was discarded may be anything until it is written", () => {
     const bench = new Bench();
     bench.write(0, 2048);

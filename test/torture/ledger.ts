@@ -35,6 +35,8 @@ export interface Change {
   /** Unique for each change of a run; what a write leaves in its sectors. */
   readonly generation: number;
   readonly extents: readonly Extent[];
+  /** Whether its sectors come out of several pieces of memory, which a device may write one after the other. */
+  readonly inPieces: boolean;
   /** When it was asked for, by the ledger's clock. */
   readonly begun: number;
   /** When the device was known to be done with it. */
@@ -64,10 +66,11 @@ const MAX_DESCRIBED = 6;
  * An acknowledged change ends the values of all changes that ended before it began; those beside it stay possible,
  * until a later one, or until a read finds one of them while nothing is in flight there: then it is the only one. A
  * change whose caller gave up stays possible until the device is known to have returned it ({@link settle}), and may
- * have happened or not. Beside a change in flight a sector may be torn between possible values, otherwise never.
+ * have happened or not. Beside a change in flight a sector may be torn between possible values, and after two at the same
+ * time one of which came in pieces; otherwise never.
  */
 export class Ledger {
-  /** Sectors that a read found torn beside a change in flight, which is allowed. */
+  /** Sectors that a read found torn where that is allowed. */
   torn = 0;
   /** Changes that were acknowledged, flushed or not. */
   acknowledged = 0;
@@ -88,7 +91,8 @@ export class Ledger {
    */
   constructor(bytes: number, seed: number) {
     this.seed = seed;
-    this.fresh = { kind: "zeroes", generation: ZEROES, extents: [], begun: 0, ended: 0, abandoned: false };
+    const start = { begun: 0, ended: 0, abandoned: false };
+    this.fresh = { kind: "zeroes", generation: ZEROES, extents: [], inPieces: false, ...start };
     this.history.push(this.fresh);
     this.cells = Array.from({ length: bytes / SECTOR_SIZE }, () => [{ change: this.fresh, until: Infinity }]);
   }
@@ -109,9 +113,9 @@ export class Ledger {
   }
 
   /** A request that changes the disk is about to be made. */
-  begin(kind: Kind, extents: readonly Extent[]): Change {
+  begin(kind: Kind, extents: readonly Extent[], inPieces = false): Change {
     const generation = this.history.length;
-    const change = { kind, generation, extents, begun: ++this.clock, ended: Infinity, abandoned: false };
+    const change = { kind, generation, extents, inPieces, begun: ++this.clock, ended: Infinity, abandoned: false };
     this.history.push(change);
     this.inFlight.add(change);
     this.eachCell(extents, (cell, sector) => {
@@ -222,15 +226,20 @@ export class Ledger {
     const cell = this.cells[sector];
     let legal = false;
     let concurrent = false;
+    let inPieces = false;
+    let values = 0;
     let quietSince = 0;
     for (const { change, until } of cell) {
       if (until <= reading.begun) continue;
       legal ||= change.kind === "discard" || leaves(change) === found;
       concurrent ||= change.ended > reading.begun;
+      inPieces ||= change.inPieces;
+      values++;
       quietSince = Math.max(quietSince, change.ended);
     }
     if (legal && !concurrent && cell.length > 1) this.narrow(sector, found, quietSince);
-    if (legal || !concurrent || found !== NOT_OURS) return legal;
+    // Two changes at the same time, one of them in pieces, may have left a mixture.
+    if (legal || found !== NOT_OURS || !(concurrent || (inPieces && values > 1))) return legal;
     const isMix = isMixOf(bytes.subarray(at, at + SECTOR_SIZE), this.seed, sector, this.possible(reading, sector));
     if (isMix) this.torn++;
     return isMix;

@@ -1,7 +1,8 @@
 /** One open device under the load of the torture, from the first call to the last look at every byte of the disk. */
 
 import { setImmediate } from "node:timers/promises";
-import type { BlockDevice, VirtioBlkQueue } from "../../src/index.js";
+import type { BlockDevice, BlockStats, VirtioBlkQueue } from "../../src/index.js";
+import { TortureFailure } from "./ledger.js";
 import { Load, type LoadContext, pollOnce } from "./load.js";
 import { QueueLoad } from "./queue-load.js";
 
@@ -56,7 +57,11 @@ export class Life {
     ledger.settle();
   }
 
-  /** End, when all is drained: flush, and look at every byte of the disk, as the driver reads it. */
+  /**
+   * End, when all is drained: flush, and look at every byte of the disk, as the driver reads it.
+   *
+   * @throws TortureFailure for a wrong byte, and when the device counts otherwise than every request once.
+   */
   async end(): Promise<void> {
     const { disk, ledger, watch } = this.context;
     await watch.wait(this.load.stop());
@@ -66,15 +71,30 @@ export class Life {
     await watch.wait(disk.flush());
     ledger.flushed(begun);
     await lookAtEveryByte(disk, this.context);
+    checkStats(disk.stats());
   }
 
   /** What was done so far. */
   get counts(): LifeCounts {
-    const { allocate, ...calls } = this.load.counts;
+    const { counts } = this.load;
     const lowLevel = this.queueLoad?.requests ?? 0;
-    const requests = Object.values(calls).reduce((sum, count) => sum + count, lowLevel);
-    return { requests, abandoned: calls.abandon, flushes: calls.flush, lowLevel };
+    const calls = Object.values(counts).reduce((sum, count) => sum + count, 0);
+    return {
+      requests: calls - counts.allocate + lowLevel,
+      ...{ abandoned: counts.abandon, flushes: counts.flush, lowLevel },
+    };
   }
+}
+
+/** Everything came back, once, with its memory, and nothing failed but what was given up. */
+function checkStats(stats: BlockStats): void {
+  const { waiting, lentBytes, errors, queues } = stats;
+  const isEven = queues.every(({ submitted, completed, inFlight, abandoned }) => {
+    return submitted === completed && inFlight === 0 && abandoned === 0;
+  });
+  const onlyLate = Object.keys(errors).every((code) => code === "ERR_VIRTIO_TIMEOUT");
+  if (isEven && onlyLate && waiting === 0 && lentBytes === 0) return;
+  throw new TortureFailure(`a device at rest counts ${JSON.stringify(stats)}`);
 }
 
 /** Read the whole disk in order. */

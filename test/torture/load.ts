@@ -47,6 +47,8 @@ const COLLISIONS = 8;
 /** Where `allocate` has to ask for one more region of memory sooner or later. */
 const LARGE_BUFFER_BYTES = 24 * 2 ** 20;
 const LARGE_BUFFERS = 3;
+/** Milliseconds that a call with a deadline has at most. */
+const LONGEST_DEADLINE_MS = 30;
 /** Looks for completions in mode "poll" before others have their turn. */
 const LOOKS = 16;
 
@@ -133,9 +135,8 @@ export class Load {
   }
 
   private one(worker: Worker): Promise<void> {
-    const kind = KINDS[this.context.random.below(KINDS.length)];
-    switch (kind) {
-      case "read":
+    switch (KINDS[this.context.random.below(KINDS.length)]) {
+      default:
         return this.read(worker);
       case "write":
         return this.write(worker);
@@ -221,7 +222,7 @@ export class Load {
     const extent = pickExtent(this.context, true);
     const { position, length } = extent;
     const pieces = await this.pieces(length);
-    const change = ledger.begin("write", [extent]);
+    const change = ledger.begin("write", [extent], pieces.length > 1);
     const data = new Uint8Array(length);
     ledger.fill(change, data);
     let at = 0;
@@ -259,7 +260,7 @@ export class Load {
     ledger.end(change);
   }
 
-  /** A call whose caller gives up after some turns of the event loop: it rejects at once, or had ended before. */
+  /** A call with a deadline, or whose caller gives up after some turns: it rejects at once then, or had ended before. */
   private async abandon(worker: Worker): Promise<void> {
     const { disk, ledger, random } = this.context;
     const writes = random.oneIn(2);
@@ -272,12 +273,12 @@ export class Load {
     const reading = ledger.beginReading(position, length, bytes);
     if (change !== undefined) ledger.fill(change, bytes);
     const what = change === undefined ? `read of ${length} bytes at ${position}` : nameOf(change);
-    const ended = await this.call("abandon", `${what} to be given up`, async () => {
-      const controller = new AbortController();
-      const options = { position, length, signal: controller.signal };
-      return givenUp(change === undefined ? disk.read(buffer, options) : disk.write(buffer, options), {
-        ...{ controller, turns: random.below(4), what },
-      });
+    const ended = await this.call("abandon", `${what} to be given up`, () => {
+      const bounds = { position, length };
+      const begin = (more: { signal: AbortSignal } | { timeout: number }): Promise<unknown> =>
+        change === undefined ? disk.read(buffer, { ...bounds, ...more }) : disk.write(buffer, { ...bounds, ...more });
+      if (random.oneIn(2)) return hasEnded(begin({ timeout: 1 + random.below(LONGEST_DEADLINE_MS) }), isLate);
+      return givenUp((signal) => begin({ signal }), random.below(4), what);
     });
     if (ended) {
       if (change !== undefined) ledger.end(change);
@@ -331,18 +332,14 @@ export class Load {
 
 /** Give a call up after some turns. Returns whether it had ended before; it may not take longer than a turn then. */
 async function givenUp(
-  call: Promise<unknown>,
-  { controller, turns, what }: { controller: AbortController; turns: number; what: string },
+  begin: (signal: AbortSignal) => Promise<unknown>,
+  turns: number,
+  what: string,
 ): Promise<boolean> {
+  const controller = new AbortController();
   const reason = new Error("given up");
   let isSettled = false;
-  const outcome = call.then(
-    () => true,
-    (error: unknown) => {
-      if (error === reason) return false;
-      throw error;
-    },
-  );
+  const outcome = hasEnded(begin(controller.signal), (error) => error === reason);
   const settled = (): void => {
     isSettled = true;
   };
@@ -352,6 +349,21 @@ async function givenUp(
   await setImmediate();
   if (!isSettled) throw new TortureFailure(`${what} was given up and did not reject at once`);
   return outcome;
+}
+
+/** Whether a call has ended well; false when it has ended because its caller wanted that. */
+async function hasEnded(call: Promise<unknown>, isGivenUp: (error: unknown) => boolean): Promise<boolean> {
+  try {
+    await call;
+    return true;
+  } catch (error) {
+    if (isGivenUp(error)) return false;
+    throw error;
+  }
+}
+
+function isLate(error: unknown): boolean {
+  return error instanceof VirtioError && error.code === "ERR_VIRTIO_TIMEOUT";
 }
 
 function bytesOf(memory: Uint8Array | DeviceBuffer): Uint8Array {

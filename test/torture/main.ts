@@ -57,7 +57,7 @@ function summary(report: TortureReport): string {
     `  ${reconnects} reconnects in ${attempts} attempts, ${replayed} requests submitted again, ` +
     `${unflushed} writes completed by the dead and not flushed\n` +
     `  nothing lost, invented, unanswered or answered twice; ${images} images checked, ` +
-    `${torn} sectors read torn beside a write in flight`
+    `${torn} sectors torn where that may be`
   );
 }
 

@@ -38,7 +38,7 @@ export interface TortureReport extends LifeCounts {
   replayed: number;
   /** Writes that a dead back-end had completed without a flush. */
   unflushed: number;
-  /** Sectors that a read found torn beside a write in flight, which may be. */
+  /** Sectors that a read found torn where that may be: beside a write in flight, mostly. */
   torn: number;
   /** Times that the whole image was checked. */
   images: number;
@@ -51,6 +51,8 @@ const PATIENCE_MS = 40_000;
 const CLOSING_MS = 10_000;
 const MODES: readonly CompletionMode[] = ["hybrid", "event", "poll"];
 const QUEUE_SIZES = [256, 128, 64, 16];
+/** One in so many back-ends dies soon after the one before, with most of what was submitted again in flight. */
+const SOON = 4;
 /** One in so many outages lasts for some attempts to reach the back-end again. */
 const LONG_OUTAGES = 4;
 const LONGEST_OUTAGE = 4;
@@ -141,27 +143,36 @@ class Run {
   private async life(): Promise<void> {
     const { options, report, ledger, watch } = this;
     const until = Math.min(options.kills, report.kills + options.killsPerDevice);
-    const disk = await this.open();
-    const queue = disk.info.queues === 2 && this.random.oneIn(2) ? disk.takeQueue() : undefined;
+    const before = report.reconnects;
+    // In turn, so that a run has seen all of them.
+    const turn = options.seed + report.devices;
+    const disk = await this.open(MODES[turn % 3], 1 + (turn % 2));
+    const queue = turn % 4 === 3 ? disk.takeQueue() : undefined;
     if (queue !== undefined) queue.mode = disk.mode;
     const life = new Life({ disk, ledger, random: this.random, watch }, queue);
     life.start();
     while (report.kills < until) await this.death(disk, life);
     await life.drain();
     await life.end();
+    if (disk.stats().reconnects !== report.reconnects - before) throw new TortureFailure("a reconnect is missing");
     this.checkImage("the image under a device at rest");
     await watch.wait(disk.close());
     this.disk = undefined;
     for (const key of Object.keys(life.counts) as (keyof LifeCounts)[]) report[key] += life.counts[key];
   }
 
-  private async open(): Promise<BlockDevice> {
+  private async open(mode: CompletionMode, queues: number): Promise<BlockDevice> {
     const { random, report, options } = this;
     const packed = options.variant.packed;
     const disk = await openBlock(`vhost-user:${this.folder.file("vhost-user.sock")}`, {
-      // In turn, so that a run has seen all of them.
-      ...{ mode: MODES[(options.seed + report.devices) % 3], queues: 1 + ((options.seed + report.devices) % 2) },
-      ...{ queueSize: QUEUE_SIZES[random.below(4)], indirect: !random.oneIn(4), eventIdx: !random.oneIn(4), packed },
+      ...{
+        mode,
+        queues,
+        queueSize: QUEUE_SIZES[random.below(4)],
+        indirect: !random.oneIn(4),
+        eventIdx: !random.oneIn(4),
+        packed,
+      },
       reconnect: { minDelay: 2, maxDelay: 40, timeout: PATIENCE_MS },
     });
     this.disk = disk;
@@ -193,7 +204,7 @@ class Run {
   /** The back-end dies at some time, and comes back. */
   private async death(disk: BlockDevice, life: Life): Promise<void> {
     const { random, watch, options } = this;
-    const calls = watch.completed + random.below(options.calls);
+    const calls = watch.completed + random.below(random.oneIn(SOON) ? Math.ceil(options.calls / 40) : options.calls);
     await watch.until(() => watch.completed >= calls);
     if (random.oneIn(FREEZES)) {
       // What it has not taken by now it never takes.
@@ -261,7 +272,7 @@ class Run {
     return (
       `  ${device}, ${this.isConnected ? "connected" : `away, attempt ${this.attempt}`}, ${disk?.pending ?? 0} pending\n` +
       `  after kill ${report.kills} of device ${report.devices}, ${report.reconnects} reconnects, ` +
-      `${report.replayed} requests submitted again\n  the back-end has said: ${daemon?.output.trim() ?? "nothing"}`
+      `${report.replayed} requests submitted again\n  ${JSON.stringify(disk?.stats())}\n  the back-end has said: ${daemon?.output.trim() ?? "nothing"}`
     );
   }
 }

@@ -155,7 +155,8 @@ export class VirtioBlkQueue {
   private readonly pacer = new PollPacer();
   private notifier: QueueNotifier | undefined = undefined;
   private isReported = false;
-  private submitted = 0;
+  /** Submitted for the first time or again: requests in flight keep their order over several devices. */
+  private sequence = 0;
   private kicks = 0;
   private replayed = 0;
   private idlePolls = 0;
@@ -210,7 +211,8 @@ export class VirtioBlkQueue {
 
   /** What the queue has done since it began. */
   get counters(): QueueCounters {
-    const { submitted, kicks, replayed } = this;
+    const { kicks, replayed } = this;
+    const submitted = this.sequence - replayed;
     return { submitted, completed: submitted - this.inFlight, kicks, wakeUps: this.watch.wakeUps, replayed };
   }
 
@@ -371,8 +373,6 @@ export class VirtioBlkQueue {
       moves[slot] = this.submitSegments(type, sector, { segments, deviceWrites, isLender });
       count++;
     });
-    // Requests that are not wanted any more are at their end; the others count once.
-    this.submitted -= count;
     this.replayed += count;
     this.queue.publish();
     this.onReplay(moves);
@@ -534,7 +534,7 @@ export class VirtioBlkQueue {
     const { records } = this;
     const record = slot * RECORD_SIZE;
     records[record] = sector;
-    records[record + SEQUENCE] = this.submitted++;
+    records[record + SEQUENCE] = this.sequence++;
   }
 
   private returnBuffers(slot: number): void {

@@ -170,6 +170,26 @@ describe("a device that knows nothing of what is in flight", () => {
     }
   });
 
+  test("what was submitted again stays before what came later, when the next one leaves too", async (t) => {
+    const bench = await openDisk(t);
+    const write = (sector: number) => bench.disk.write(pattern(512), { position: sector * 512 });
+    const calls = [0, 1, 2].map(write);
+    for (const more of [[3, 4], [5, 6, 7], []]) {
+      bench.transport.disconnect();
+      await bench.transport.comeBack();
+      calls.push(...more.map(write));
+    }
+    const requests = await bench.take();
+    assert.deepEqual(
+      requests.map(({ sector }) => sector),
+      [0, 1, 2, 3, 4, 5, 6, 7],
+    );
+    for (const request of requests) request.answer();
+    await Promise.all(calls);
+    const [{ submitted, completed, replayed }] = bench.disk.stats().queues;
+    assert.deepEqual({ submitted, completed, replayed }, { submitted: 8, completed: 8, replayed: 3 + 5 + 8 });
+  });
+
   test("what an aborted call had in flight ends there, and its memory comes back", async (t) => {
     const bench = await openDisk(t);
     const end = new AbortController();
