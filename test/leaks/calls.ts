@@ -81,6 +81,11 @@ export function callsMade(): readonly string[] {
   return made;
 }
 
+/** Number and name of the call that was refused, for messages. */
+export function refusedCall(): string {
+  return `${refusedAt} (${made[refusedAt] ?? "none yet"})`;
+}
+
 function refuse(name: Refusable, words: readonly unknown[]): number {
   const duplicates = name === "fcntl" && words[1] === F_DUPFD_CLOEXEC;
   const result = -(duplicates ? errno.EMFILE : REFUSALS[name]);
