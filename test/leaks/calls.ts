@@ -92,6 +92,6 @@ function refuse(name: Refusable, words: readonly unknown[]): number {
   const callback = words.at(-1);
   // What a thread does begins, and fails there.
   if (name === "watch" || typeof callback !== "function") return result;
-  setImmediate(() => Reflect.apply(callback, undefined, [result]));
+  setImmediate(() => void Reflect.apply(callback, undefined, [result]));
   return 0;
 }
