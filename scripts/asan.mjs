@@ -56,6 +56,8 @@ function main() {
   const built = compile(addon, [
     ...["-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow"],
     "-fno-sanitize-recover=all", // undefined behaviour ends the process, so its test fails, too
+    // Of its own and bound here: otherwise it takes functions of the other one's runtime, and reports go nowhere.
+    ...["-static-libubsan", "-Wl,-Bsymbolic"],
   ]);
   if (built.status !== "built") {
     console.error(`asan: ${built.reason}`);

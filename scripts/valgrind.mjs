@@ -44,7 +44,8 @@ function runGroup(files, number) {
       env: { ...process.env, VIRTIO_NATIVE_PATH: addon, VIRTIO_REFUSE_EVERY: String(REFUSE_EVERY) },
     });
     let output = "";
-    for (const stream of [child.stdout, child.stderr]) stream.setEncoding("utf8").on("data", (text) => (output += text));
+    for (const stream of [child.stdout, child.stderr])
+      stream.setEncoding("utf8").on("data", (text) => (output += text));
     child.once("error", ({ code }) => {
       resolve([`valgrind does not start (${code}); install it (Debian: apt-get install valgrind)`]);
     });

@@ -81,12 +81,17 @@ export function callsMade(): readonly string[] {
   return made;
 }
 
+/** Number and name of the call that was refused, for messages. */
+export function refusedCall(): string {
+  return `${refusedAt} (${made[refusedAt] ?? "none yet"})`;
+}
+
 function refuse(name: Refusable, words: readonly unknown[]): number {
   const duplicates = name === "fcntl" && words[1] === F_DUPFD_CLOEXEC;
   const result = -(duplicates ? errno.EMFILE : REFUSALS[name]);
   const callback = words.at(-1);
   // What a thread does begins, and fails there.
   if (name === "watch" || typeof callback !== "function") return result;
-  setImmediate(() => Reflect.apply(callback, undefined, [result]));
+  setImmediate(() => void Reflect.apply(callback, undefined, [result]));
   return 0;
 }

@@ -22,7 +22,7 @@ const reported = (): unknown[] => errors.splice(0);
 
 /** Refuse each call of what is done with a back-end on memory. */
 function refuseEach(work: Parameters<typeof withBackend>[3]): Promise<number> {
-  return refuseEachCall({ run: () => withBackend(socket, DISKS.memory(), errors, work), reported });
+  return refuseEachCall({ run: async () => withBackend(socket, DISKS.memory(), errors, work), reported });
 }
 
 describe("every call refused in turn leaves nothing behind:", () => {
@@ -88,6 +88,19 @@ describe("every call refused in turn leaves nothing behind:", () => {
         } finally {
           await adopted.close();
         }
+      }),
+    );
+  });
+
+  test("a disk whose back-end goes, and comes back", async () => {
+    const reconnect = { minDelay: 1, maxDelay: 2, timeout: TIMEOUT };
+    await refuseEach((first) =>
+      withDisk(first, { reconnect }, async (disk) => {
+        await disk.write(new Uint8Array(512));
+        await first.close();
+        await withBackend(socket, DISKS.memory(), errors, async () => {
+          await disk.read(new Uint8Array(4096));
+        });
       }),
     );
   });

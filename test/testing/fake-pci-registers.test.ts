@@ -4,7 +4,8 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { VIRTIO_MSI_NO_VECTOR, VirtioPciCapType, VirtioPciIsr } from "../../src/protocol/virtio-pci.js";
 import { EventFd } from "../../src/sys/index.js";
-import { FakePciFunction, type FakePciCapability } from "../../src/testing/index.js";
+import { FakePciFunction, type FakePciCapability, FakeVhostVdpa } from "../../src/testing/index.js";
+import { VhostVdpa } from "../../src/transports/index.js";
 import { VirtioFeature } from "../../src/virtqueue/index.js";
 import { turn } from "../sys/helpers.js";
 import { BASE, Hand, IOVA, running } from "./pci-hand.js";
@@ -36,6 +37,15 @@ describe("the common configuration", () => {
     hand.agree(BASE | (1n << 5n));
     const accepted = [0, 1, 2].map((select) => hand.write("DRIVER_FEATURE_SELECT", select).read("DRIVER_FEATURE"));
     assert.deepEqual(accepted, [1 << 5, Number(BASE >> 32n), 0]);
+  });
+
+  test("BASIC-DEV-13 devices whose addresses are translated say so, and none speaks of SR-IOV", async () => {
+    const hand = new Hand();
+    const features = [0, 1].map((select) => hand.write("DEVICE_FEATURE_SELECT", select).read("DEVICE_FEATURE"));
+    assert.deepEqual(features, [0, Number(BASE >> 32n)]);
+    const device = await VhostVdpa.open({ node: new FakeVhostVdpa().open() });
+    assert.equal(device.offeredFeatures, BASE);
+    await device.close();
   });
 
   test("PCI-DEV-02 the generation is another when a value has changed since it was read", () => {

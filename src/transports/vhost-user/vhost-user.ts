@@ -397,7 +397,13 @@ export class VhostUser implements VirtioTransport {
       backoff.returned();
       this.#broken = undefined;
       this.#outage = undefined;
-      recovery.reconnected(backoff.attempts);
+      try {
+        recovery.reconnected(backoff.attempts);
+      } catch (cause) {
+        // Connected again, and the queues cannot be watched here: nobody would hear of what is in flight.
+        this.#end(cause instanceof VirtioError ? cause : gaveUp(this.#peer, backoff.attempts, cause));
+        throw cause;
+      }
       // Whatever happened to the new connection before somebody listened.
       if (this.#link.channel.ended !== undefined) this.#breaks(this.#link.channel.ended);
       return;

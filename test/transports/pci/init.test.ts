@@ -18,7 +18,7 @@ const CARRIED =
   [28n, 29n, 32n, 33n, 34n, 35n, 36n, 38n, 39n, 40n].reduce((all, bit) => all | (1n << bit), 0n);
 
 describe("status", () => {
-  test("BASIC-DRV-01 BASIC-DRV-16 the steps are taken in order, seen in the registers", async (t) => {
+  test("BASIC-DRV-01 BASIC-DRV-16 BASIC-DRV-24 the steps are taken in order, seen in the registers; SUSPEND is never set", async (t) => {
     const { fn, device } = await attachRunning(t, { config: CONFIG });
     await device.close();
     assert.deepEqual(fn.written("DEVICE_STATUS"), [0, 1, 3, 11, 15, 0]);

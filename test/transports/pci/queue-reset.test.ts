@@ -60,7 +60,10 @@ for (const [format, features] of [
       await assert.rejects(device.enableQueue(place(region, 0, 8, packed, 65_536)), /was not reset/);
       await resetting;
       // The last read is the one that finds it done; until then the queue is the device's.
-      assert.deepEqual(seen, new Array<unknown>(6).fill([false, true, 1]));
+      assert.deepEqual(
+        seen,
+        Array.from({ length: 6 }, () => [false, true, 1]),
+      );
       assert.deepEqual(fn.queues, []);
     });
 
