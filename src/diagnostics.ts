@@ -2,7 +2,7 @@
 
 import { type Channel, channel } from "node:diagnostics_channel";
 import { debuglog } from "node:util";
-import { VirtioError } from "./errors.js";
+import type { VirtioError } from "./errors.js";
 
 /** A call that sends requests to a device, from the moment when its arguments are found to be right. */
 export interface RequestMessage {

@@ -19,25 +19,23 @@ export function pollConfig<D extends { readonly address: string }>(
 ): () => void {
   let isLooking = false;
   let isWarned = false;
+  const lookOnce = async (found: D): Promise<void> => {
+    isLooking = true;
+    try {
+      await look(found);
+      isWarned = false;
+    } catch (error) {
+      if (!isWarned) warn(found.address, error);
+      isWarned = true;
+    } finally {
+      isLooking = false;
+    }
+  };
   const timer: NodeJS.Timeout = setInterval(
     weakly(
       device,
       (found) => {
-        if (isLooking) return;
-        isLooking = true;
-        look(found)
-          .then(
-            () => {
-              isWarned = false;
-            },
-            (error: unknown) => {
-              if (!isWarned) warn(found.address, error);
-              isWarned = true;
-            },
-          )
-          .finally(() => {
-            isLooking = false;
-          });
+        if (!isLooking) void lookOnce(found);
       },
       () => clearInterval(timer),
     ),

@@ -28,16 +28,7 @@ export function bounded<T>(
     const onAbort = (): void => stop(signal?.reason);
     const timer = timeout === undefined ? undefined : setTimeout(() => stop(late()), timeout);
     signal?.addEventListener("abort", onAbort, { once: true });
-    work.then(
-      (value) => {
-        end();
-        resolve(value);
-      },
-      (error: unknown) => {
-        end();
-        reject(error);
-      },
-    );
+    work.then(resolve, reject).finally(end);
   });
 }
 

@@ -433,6 +433,8 @@ export class VirtioBlkQueue {
     deviceWrites: boolean,
   ): number {
     this.checkSectors(sector, length);
+    // All else that may be wrong of it is for lend() to find.
+    if (buffer.released) checkStretch(buffer, offset, length);
     if (length > this.limits.maxSegmentBytes) {
       return this.submitChain(type, sector, [{ buffer, offset, length }], deviceWrites);
     }

@@ -51,10 +51,12 @@ function hold(transport: FakeTransport): () => void {
   const gate = new Promise<void>((resolve) => {
     release = resolve;
   });
-  const { readConfig, writeConfig, mapMemory } = transport;
-  transport.readConfig = async (...args) => gate.then(() => readConfig.apply(transport, args));
-  transport.writeConfig = async (...args) => gate.then(() => writeConfig.apply(transport, args));
-  transport.mapMemory = async (...args) => gate.then(() => mapMemory.apply(transport, args));
+  const readConfig = transport.readConfig.bind(transport);
+  const writeConfig = transport.writeConfig.bind(transport);
+  const mapMemory = transport.mapMemory.bind(transport);
+  transport.readConfig = async (...args) => gate.then(() => readConfig(...args));
+  transport.writeConfig = async (...args) => gate.then(() => writeConfig(...args));
+  transport.mapMemory = async (...args) => gate.then(() => mapMemory(...args));
   return release;
 }
 
@@ -281,9 +283,10 @@ describe("close with a time limit", () => {
     const adopted = await BlockDevice.adopt(await bench.disk.handOver());
     const told = once(adopted, "lost");
     let ended = false;
-    const reading = assert.rejects(adopted.read(new Uint8Array(512)), failure("ERR_VIRTIO_CLOSED")).then(() => {
+    const reading = (async () => {
+      await assert.rejects(adopted.read(new Uint8Array(512)), failure("ERR_VIRTIO_CLOSED"));
       ended = true;
-    });
+    })();
     while ((await bench.take()).length === 0);
     t.mock.timers.enable({ apis: ["setTimeout"] });
     const closing = bench.disk.close({ timeout: LIMIT });

@@ -211,7 +211,7 @@ describe("an optional poll of the config", () => {
 
   test("asks once at a time", async (t) => {
     const { transport, tick } = await openPolled(t);
-    const { readConfig } = transport;
+    const readConfig = transport.readConfig.bind(transport);
     let release = (): void => {};
     const gate = new Promise<void>((resolve) => {
       release = resolve;
@@ -220,7 +220,7 @@ describe("an optional poll of the config", () => {
     transport.readConfig = async (...args) => {
       asked++;
       await gate;
-      return readConfig.apply(transport, args);
+      return readConfig(...args);
     };
     await tick();
     await tick();
@@ -256,7 +256,7 @@ describe("an optional poll of the config", () => {
     for (const end of ["close", "lose"] as const) {
       const { disk, transport, tick } = await openPolled(t);
       const error = new Error("gone");
-      const { readConfig } = transport;
+      const readConfig = transport.readConfig.bind(transport);
       let asked = 0;
       let fail = (): void => {};
       transport.readConfig = async (...args) => {
@@ -264,7 +264,7 @@ describe("an optional poll of the config", () => {
         await new Promise<void>((resolve) => {
           fail = resolve;
         });
-        return readConfig.apply(transport, args);
+        return readConfig(...args);
       };
       await tick();
       if (end === "close") await disk.close();
