@@ -16,6 +16,8 @@ const FREE_HEAD = 6;
 const OLD_FREE_HEAD = 7;
 const USED_IDX = 8;
 const OLD_USED_IDX = 9;
+/** Both free heads, in 32-bit units. */
+const FREE_HEADS = 3;
 const USED_WRAP = 20;
 const OLD_USED_WRAP = 21;
 
@@ -24,8 +26,8 @@ const OLD_USED_WRAP = 21;
  * at 8, id, flags (16 each) at 16, len (32) at 20, addr (64) at 24.
  */
 const inflightAt = (i: number): number => 32 + 32 * i;
+const entryAt = (i: number): number => 8 + 8 * i;
 const nextAt = (i: number): number => 16 + 16 * i + 1;
-const lastAt = (i: number): number => 16 + 16 * i + 2;
 const numAt = (i: number): number => 16 + 16 * i + 3;
 const counterAt = (i: number): number => 8 + 8 * i + 2;
 const tailAt = (i: number): number => 8 + 8 * i + 4;
@@ -48,8 +50,8 @@ interface Again {
 
 /**
  * Used entries overwrite descriptors of requests that are still in flight, so the region has copies of descriptors: a
- * list of entries for each request, the others in a free list. The order of the stores is that of the specification. A
- * request is in flight from the store of `old_free_head` behind its copy on. It is done from the store of the first
+ * list of entries for each request, the others in a free list. What another back-end relies on is stored in the order of
+ * the specification. A request is in flight from the store of `old_free_head` behind its copy on. It is done from the store of the first
  * used flags on, which the ring makes between `publishing` and `published`: until the `old_` fields follow,
  * `used_idx` differs from `old_used_idx`, and the flags there tell whether the batch came to be.
  */
@@ -77,7 +79,7 @@ export class PackedInflightRecord implements InflightRecord {
   private counterLo = 0;
   private counterHi = 0;
   private again: readonly Again[] = [];
-  private taken = 0;
+  waiting = 0;
 
   /**
    * @param size descriptors of the ring.
@@ -111,61 +113,63 @@ export class PackedInflightRecord implements InflightRecord {
     this.position = this.base & (WRAP_BIT - 1);
   }
 
-  get waiting(): number {
-    return this.again.length - this.taken;
-  }
-
   refetch(queue: DeviceVirtqueue, chain: DescriptorChain): void {
-    const { id, descriptors } = this.again[this.taken++];
+    const { id, descriptors } = this.again[this.again.length - this.waiting--];
     queue.refetch(chain, id, descriptors);
   }
 
   fetched(chain: DescriptorChain): void {
-    const { halves, words, desc } = this;
+    const { words, desc, next, size } = this;
     const { id, ringCount } = chain;
     if (this.slots[id] !== NOBODY) throw lyingDriver(`buffer id ${id} twice`);
     const head = this.freeHead;
-    const counter = counterAt(head);
-    halves[numAt(head)] = 0;
-    words[counter] = this.counterLo;
-    words[counter + 1] = this.counterHi;
-    this.count(this.counterLo, this.counterHi);
-    this.bytes[inflightAt(head)] = 1;
+    let free = head;
     let slot = head;
+    let position = this.position;
     for (let i = 0; i < ringCount; i++) {
-      slot = this.freeHead;
-      const from = this.position * DESC_WORDS;
+      slot = free;
+      const from = position * DESC_WORDS;
       const to = tailAt(slot);
       // What the driver changes meanwhile is checked when it is read again.
       words[to] = desc[from + TAIL];
       words[to + 1] = desc[from + 2];
       words[to + 2] = desc[from];
       words[to + 3] = desc[from + 1];
-      this.freeHead = this.next[slot];
-      halves[FREE_HEAD] = this.freeHead;
-      this.position = this.position + 1 === this.size ? 0 : this.position + 1;
+      free = next[slot];
+      if (++position === size) position = 0;
     }
-    halves[lastAt(head)] = slot;
-    halves[numAt(head)] = ringCount;
+    // In words, which takes half as many stores as field by field: an entry counts from the last one on.
+    const entry = entryAt(head);
+    words[entry] = 1 | (next[head] << 16); // inflight, next
+    words[entry + 1] = slot | (ringCount << 16); // last, num
+    words[entry + 2] = this.counterLo;
+    words[entry + 3] = this.counterHi;
+    this.count(this.counterLo, this.counterHi);
+    this.position = position;
+    this.freeHead = free;
     this.last[head] = slot;
     this.slots[id] = head;
-    halves[OLD_FREE_HEAD] = this.freeHead;
+    words[FREE_HEADS] = free | (free << 16); // free_head, old_free_head
   }
 
   done(id: number): void {
-    this.batch[this.batched++] = this.slots[id];
+    const head = this.slots[id];
     this.slots[id] = NOBODY;
+    // The batch becomes one list at once, whose end is linked to the free list when it is published: so little has to be
+    // stored right before the ring's store, which waits for all stores before it. Nobody follows the link of a request's
+    // last entry while that is in flight.
+    const { batched } = this;
+    if (batched > 0) this.link(this.last[head], this.batch[batched - 1]);
+    this.batch[batched] = head;
+    this.batched = batched + 1;
   }
 
   publishing(base: number): void {
-    const { halves } = this;
-    for (let i = 0; i < this.batched; i++) {
-      const head = this.batch[i];
-      const last = this.last[head];
-      halves[nextAt(last)] = this.freeHead;
-      this.next[last] = this.freeHead;
-      this.freeHead = head;
-      halves[FREE_HEAD] = head;
+    const { halves, batched } = this;
+    if (batched > 0) {
+      this.link(this.last[this.batch[0]], this.freeHead);
+      this.freeHead = this.batch[batched - 1];
+      halves[FREE_HEAD] = this.freeHead;
     }
     this.used = (base >>> 16) & (WRAP_BIT - 1);
     this.usedWrap = base >>> 31;
@@ -185,6 +189,11 @@ export class PackedInflightRecord implements InflightRecord {
 
   settle(): void {
     if (this.waiting === 0) this.halves[VERSION] = INFLIGHT_UNUSED;
+  }
+
+  private link(entry: number, next: number): void {
+    this.halves[nextAt(entry)] = next;
+    this.next[entry] = next;
   }
 
   /** Lay a new region out. */
@@ -267,6 +276,7 @@ export class PackedInflightRecord implements InflightRecord {
     const youngest = found.at(-1);
     if (youngest !== undefined) this.count(youngest.lo, youngest.hi);
     this.again = found;
+    this.waiting = found.length;
   }
 
   /**
@@ -297,7 +307,7 @@ export class PackedInflightRecord implements InflightRecord {
 
   /** The counter behind one of these halves; 2^64 is never reached, but a front-end may say so. */
   private count(lo: number, hi: number): void {
-    this.counterLo = (lo + 1) >>> 0;
-    this.counterHi = this.counterLo === 0 ? (hi + 1) >>> 0 : hi;
+    this.counterLo = (lo + 1) | 0;
+    this.counterHi = this.counterLo === 0 ? (hi + 1) | 0 : hi;
   }
 }

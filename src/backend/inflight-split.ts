@@ -16,8 +16,8 @@ const nextAt = (i: number): number => 8 + 8 * i + 3;
 const counterAt = (i: number): number => 4 + 4 * i + 2;
 
 /**
- * The order of the stores is that of the specification; a process that is killed leaves a prefix of it. A request is in
- * flight from `inflight = 1` on. It is done from the store of `used.idx` on, which the ring makes between `publishing`
+ * What another back-end relies on is stored in the order of the specification; a process that is killed leaves a prefix
+ * of it. A request is in flight from `inflight = 1` on. It is done from the store of `used.idx` on, which the ring makes between `publishing`
  * and `published`: until the flags of the batch are cleared, `used_idx` lags behind and tells how many they are, and
  * `last_batch_head` and `next` which.
  */
@@ -38,7 +38,7 @@ export class SplitInflightRecord implements InflightRecord {
   private counterHi = 0;
   /** Heads to be carried out again, oldest first. */
   private readonly again: readonly number[];
-  private taken = 0;
+  waiting: number;
 
   /**
    * @param size descriptors of the ring.
@@ -64,6 +64,7 @@ export class SplitInflightRecord implements InflightRecord {
       halves[VERSION] = INFLIGHT_VERSION;
       this.lastHead = 0;
       this.again = [];
+      this.waiting = 0;
       this.base = base;
       return;
     }
@@ -72,15 +73,12 @@ export class SplitInflightRecord implements InflightRecord {
     this.lastHead = halves[LAST_BATCH_HEAD];
     this.commit(size);
     this.again = this.find(size);
+    this.waiting = this.again.length;
     this.base = (usedIdx + this.again.length) & 0xffff;
   }
 
-  get waiting(): number {
-    return this.again.length - this.taken;
-  }
-
   refetch(queue: DeviceVirtqueue, chain: DescriptorChain): void {
-    queue.refetch(chain, this.again[this.taken++]);
+    queue.refetch(chain, this.again[this.again.length - this.waiting--]);
   }
 
   fetched(chain: DescriptorChain): void {
@@ -95,16 +93,14 @@ export class SplitInflightRecord implements InflightRecord {
   }
 
   done(id: number): void {
+    // Counts from `publishing` on: the ring's store right behind that waits for all stores before it.
+    this.halves[nextAt(id)] = this.lastHead;
+    this.lastHead = id;
     this.batch[this.batched++] = id;
   }
 
   publishing(): void {
-    for (let i = 0; i < this.batched; i++) {
-      const head = this.batch[i];
-      this.halves[nextAt(head)] = this.lastHead;
-      this.lastHead = head;
-      this.halves[LAST_BATCH_HEAD] = head;
-    }
+    this.halves[LAST_BATCH_HEAD] = this.lastHead;
   }
 
   published(): void {
@@ -155,7 +151,7 @@ export class SplitInflightRecord implements InflightRecord {
 
   /** The counter behind one of these halves; 2^64 is never reached, but a front-end may say so. */
   private count(lo: number, hi: number): void {
-    this.counterLo = (lo + 1) >>> 0;
-    this.counterHi = this.counterLo === 0 ? (hi + 1) >>> 0 : hi;
+    this.counterLo = (lo + 1) | 0;
+    this.counterHi = this.counterLo === 0 ? (hi + 1) | 0 : hi;
   }
 }

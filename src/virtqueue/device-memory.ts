@@ -33,7 +33,9 @@ export class DeviceMemory {
   private readonly baseLo = new Float64Array(MAX_DEVICE_REGIONS);
   private readonly baseHi = new Float64Array(MAX_DEVICE_REGIONS);
   private readonly size = new Float64Array(MAX_DEVICE_REGIONS);
+  /** The regions found last and before that: requests have their frames in one and their data in another. */
   private last = 0;
+  private before = 0;
 
   /**
    * Add a region: `size` bytes of `buffer` from `offset`, known to the driver as `address`.
@@ -91,6 +93,11 @@ export class DeviceMemory {
     const last = this.last;
     const at = (hi - this.baseHi[last]) * HIGH + (lo - this.baseLo[last]);
     if (at >= 0 && at + length <= this.size[last]) return last;
+    const { before } = this;
+    this.before = last;
+    this.last = before;
+    const there = (hi - this.baseHi[before]) * HIGH + (lo - this.baseLo[before]);
+    if (there >= 0 && there + length <= this.size[before]) return before;
     return this.search(lo, hi, length);
   }
 
