@@ -123,7 +123,7 @@ const LINES: Lines = {
   "virtio:device:disconnect": ({ error }) => [`is disconnected: ${shortly(error)}`],
   "virtio:device:reconnecting": ({ attempt, delay }) => [`attempt ${attempt} to reconnect begins in ${delay} ms`],
   "virtio:device:reconnect": ({ attempts, replayed, unflushed }) => [
-    `is connected again after ${attempts} attempts: ${replayed} requests submitted again, ${unflushed} writes unflushed`,
+    `is connected again after ${attempts} attempts: ${replayed} requests submitted again, ${unflushed} changes unflushed`,
   ],
   "virtio:device:config": () => ["changed its config space"],
   "virtio:device:resize": ({ capacity, previous }) => [`has ${capacity} bytes now, ${previous} before`],

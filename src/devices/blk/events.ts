@@ -37,7 +37,10 @@ export interface ReconnectOutcome {
   readonly replayed: number;
   /** Whether the back-end itself knew what was in flight (INFLIGHT_SHMFD). */
   readonly tracked: boolean;
-  /** Writes that the lost back-end had completed and no flush covers. */
+  /**
+   * Writes, discards and their kind that had completed and that no flush covers; 0 where what has completed is stable.
+   * Those of a queue that was taken are for its owner to count.
+   */
   readonly unflushed: number;
 }
 

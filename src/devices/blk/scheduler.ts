@@ -34,6 +34,14 @@ const KICK_REQUESTS = 16;
 /** A request that no queue will ever take. */
 const REFUSED = -2;
 
+/** What is lost with a back-end that has it in memory only, until a flush covers it. */
+const CHANGES: ReadonlySet<number> = new Set([
+  BlkRequestType.OUT,
+  BlkRequestType.DISCARD,
+  BlkRequestType.WRITE_ZEROES,
+  BlkRequestType.SECURE_ERASE,
+]);
+
 type Settle = (value: ReadResult<DeviceBuffer> | WriteResult<DeviceBuffer>) => void;
 
 // The engine's own pair of functions, taken out of the executor without a closure for each request.
@@ -51,7 +59,7 @@ class Slots {
   buffer: (DeviceBuffer | undefined)[];
   length: Float64Array;
   part: (Part | undefined)[];
-  /** Of a flush: how many writes had completed when it was submitted. */
+  /** Of a flush: how many changes had completed when it was submitted. */
   covers: Float64Array;
   readonly queue: VirtioBlkQueue;
   /** Requests submitted since the last kick, about. */
@@ -106,8 +114,8 @@ export class Scheduler {
   private readonly flushLater = (): void => this.flush();
   private turn = 0;
   private outstanding = 0;
-  /** Writes that have completed, and how many of them the flushes that have completed cover. */
-  private written = 0;
+  /** Changes of the disk that have completed, and how many of them the flushes that have completed cover. */
+  private changed = 0;
   private flushed = 0;
   private flushScheduled = false;
   private fatal: VirtioError | undefined = undefined;
@@ -149,9 +157,9 @@ export class Scheduler {
     return this.outstanding + this.waiting.length;
   }
 
-  /** Writes that have completed since the last flush was submitted that has completed. */
+  /** Changes of the disk that have completed since the last flush was submitted that has completed. */
   get unflushed(): number {
-    return this.written - this.flushed;
+    return this.changed - this.flushed;
   }
 
   /**
@@ -371,7 +379,7 @@ export class Scheduler {
       slots.buffer[slot] = undefined;
       if (status !== 0) slots.reject[slot](this.failed(slots.queue, slot, status));
       else if (slots.queue.requestType(slot) === BlkRequestType.OUT) {
-        this.written++;
+        this.changed++;
         resolve({ bytesWritten: length, buffer });
       }
       // The status is the last byte that the device writes; what it does not account for is not delivered.
@@ -380,9 +388,9 @@ export class Scheduler {
       const part = slots.part[slot] as Part;
       slots.part[slot] = undefined;
       if (status === 0) {
-        if (part.operation.type === BlkRequestType.OUT) this.written++;
-        else if (part.operation.type === BlkRequestType.FLUSH)
-          this.flushed = Math.max(this.flushed, slots.covers[slot]);
+        const { type } = part.operation;
+        if (CHANGES.has(type)) this.changed++;
+        else if (type === BlkRequestType.FLUSH) this.flushed = Math.max(this.flushed, slots.covers[slot]);
       }
       part.operation.partDone(part, status === 0 ? undefined : this.failed(slots.queue, slot, status), written);
     }
@@ -446,7 +454,7 @@ export class Scheduler {
       if (slot === REFUSED) break;
       if (slot < 0) continue;
       slots.part[slot] = request.part;
-      slots.covers[slot] = this.written;
+      slots.covers[slot] = this.changed;
       operation.submitted(request.part);
       this.outstanding++;
       return true;

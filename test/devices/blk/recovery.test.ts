@@ -309,9 +309,10 @@ describe("a device that knows what is in flight", () => {
 });
 
 describe("flush and the death of a device", () => {
-  test("writes that completed and that no flush covers are told, others are not", async (t) => {
+  test("changes that completed and that no flush covers are told, others are not", async (t) => {
     const bench = await openDisk(t);
     const outcomes = outcomesOf(bench);
+    const { disk } = bench;
     const write = async (sector: number) => {
       const call = bench.disk.write(pattern(512), { position: sector * 512 });
       (await bench.takeOne()).answer();
@@ -333,6 +334,16 @@ describe("flush and the death of a device", () => {
     bench.transport.disconnect();
     await bench.transport.comeBack();
     assert.equal(outcomes[1].unflushed, 0);
+    const range = { position: 0, length: 512 };
+    const calls = [
+      ...[disk.writev([pattern(512), pattern(512)]), disk.discard(range), disk.writeZeroes(range)],
+      ...[disk.secureErase(range), disk.read(pattern(512)), disk.getId()],
+    ];
+    (await bench.take()).forEach(answer);
+    await Promise.all(calls);
+    bench.transport.disconnect();
+    await bench.transport.comeBack();
+    assert.equal(outcomes[2].unflushed, 4);
   });
 
   test("a flush in flight is sent to the new device, behind the writes before it, and resolves only then", async (t) => {
