@@ -10,8 +10,12 @@ const BYTES = 64 * SECTOR_SIZE;
 
 /** A ledger, and a disk that does at once what it is told: as wrongly as a test likes. */
 class Bench {
-  readonly ledger = new Ledger(BYTES, SEED);
+  readonly ledger: Ledger;
   readonly disk = new Uint8Array(BYTES);
+
+  constructor(isCached = false) {
+    this.ledger = new Ledger(BYTES, SEED, isCached);
+  }
 
   begin(position: number, length = SECTOR_SIZE): Change {
     return this.ledger.begin("write", [{ position, length }]);
@@ -244,6 +248,54 @@ describe("the ledger of the torture", () => {
     assert.equal(bench.ledger.unflushed, 3);
     bench.ledger.flushed(begun);
     assert.equal(bench.ledger.unflushed, 2);
+  });
+
+  it("the crash of a disk with a cache may take what no flush covers, and nothing else", () => {
+    const bench = new Bench(true);
+    const { ledger, disk } = bench;
+    bench.write(0);
+    ledger.flushed(ledger.flushing());
+    const flushed = disk.slice();
+    for (let i = 0; i < 10; i++) bench.write(0);
+    const last = disk.slice();
+    disk.set(flushed);
+    bench.refuses(0, /stale or never asked for: write 1 /); // Without a crash nothing is back.
+    ledger.crash();
+    bench.read(0);
+    disk.fill(0);
+    bench.refuses(0, /stale or never asked for: zeroes/);
+    disk.set(last);
+    bench.refuses(0, /it may hold write 1 /); // What was seen after the crash stays.
+    bench.write(0);
+    bench.disk.set(flushed);
+    bench.refuses(0, /stale/);
+  });
+
+  it("where what is acknowledged survives, a crash brings nothing back", () => {
+    const bench = new Bench();
+    bench.write(0);
+    const before = bench.disk.slice();
+    bench.write(0);
+    bench.ledger.crash();
+    bench.disk.set(before);
+    bench.refuses(0, /stale/);
+  });
+
+  it("a flush that resolves after the crash does not cover what was lost in it", () => {
+    const bench = new Bench(true);
+    const { ledger, disk } = bench;
+    bench.write(0);
+    const begun = ledger.flushing();
+    ledger.crash();
+    ledger.flushed(begun);
+    ledger.crash(); // The driver has learnt by now of all that the dead one had completed.
+    disk.fill(0);
+    bench.read(0);
+    bench.write(0);
+    ledger.flushed(ledger.flushing());
+    ledger.crash();
+    disk.fill(0);
+    bench.refuses(0, /stale or never asked for: zeroes/);
   });
 
   it("knows whether a change in flight touches a stretch", () => {

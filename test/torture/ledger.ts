@@ -67,7 +67,8 @@ const MAX_DESCRIBED = 6;
  * until a later one, or until a read finds one of them while nothing is in flight there: then it is the only one. A
  * change whose caller gave up stays possible until the device is known to have returned it ({@link settle}), and may
  * have happened or not. Beside a change in flight a sector may be torn between possible values, and after two at the same
- * time one of which came in pieces; otherwise never.
+ * time one of which came in pieces; otherwise never. The crash of a disk with a cache brings back what was possible since
+ * the last flush that was called before it, and has resolved.
  */
 export class Ledger {
   /** Sectors that a read found torn where that is allowed. */
@@ -81,16 +82,21 @@ export class Ledger {
   private readonly readings = new Set<Reading>();
   private readonly history: Change[] = [];
   private readonly fresh: Change;
-  /** When the writes ended that no flush has covered yet. */
+  /** When the changes ended that no flush has covered yet. */
   private unflushedEnds: number[] = [];
   private clock = 0;
+  /** What ended before this survives a crash. */
+  private durable: number;
+  private crashed = 0;
 
   /**
    * @param bytes - size of the disk, which reads as zeroes now.
    * @param seed - tells the data of this run from those of others.
+   * @param isCached - whether a crash takes what no flush has covered; otherwise what is acknowledged survives it.
    */
-  constructor(bytes: number, seed: number) {
+  constructor(bytes: number, seed: number, isCached = false) {
     this.seed = seed;
+    this.durable = isCached ? 0 : Infinity;
     const start = { begun: 0, ended: 0, abandoned: false };
     this.fresh = { kind: "zeroes", generation: ZEROES, extents: [], inPieces: false, ...start };
     this.history.push(this.fresh);
@@ -102,7 +108,7 @@ export class Ledger {
     return this.cells.length * SECTOR_SIZE;
   }
 
-  /** Acknowledged writes that no flush called after them has covered. */
+  /** Acknowledged changes that no flush called after them has covered. */
   get unflushed(): number {
     return this.unflushedEnds.length;
   }
@@ -135,7 +141,7 @@ export class Ledger {
   end(change: Change): void {
     this.close(change);
     this.acknowledged++;
-    if (change.kind !== "discard") this.unflushedEnds.push(change.ended);
+    this.unflushedEnds.push(change.ended);
     this.eachCell(change.extents, (cell) => {
       for (const candidate of cell) {
         if (candidate.change.ended < change.begun && candidate.until === Infinity) candidate.until = this.clock;
@@ -161,6 +167,19 @@ export class Ledger {
   /** A flush has resolved. */
   flushed(begun: number): void {
     this.unflushedEnds = this.unflushedEnds.filter((ended) => ended > begun);
+    // One that began before a crash was carried out by the next back-end, which never had what the dead one lost.
+    if (begun > this.crashed) this.durable = Math.max(this.durable, begun);
+  }
+
+  /**
+   * The back-end has died. Values that were there after the last flush, or just before, may be back. To be called again
+   * when everything is known that the dead one has acknowledged.
+   */
+  crash(): void {
+    this.crashed = ++this.clock;
+    for (const cell of this.cells) {
+      for (const candidate of cell) if (candidate.until > this.durable) candidate.until = Infinity;
+    }
   }
 
   /** A read is about to be made into `bytes`, or into several buffers. */
@@ -291,11 +310,11 @@ export class Ledger {
     this.inFlight.delete(change);
   }
 
-  /** Forget the values that no read on its way can have seen. */
+  /** Forget the values that no read on its way can have seen, and no crash can bring back. */
   private prune(sector: number): void {
     // A set keeps its order: the first is the oldest.
     const [oldest] = this.readings;
-    const since = oldest === undefined ? this.clock : oldest.begun;
+    const since = Math.min(oldest === undefined ? this.clock : oldest.begun, this.durable);
     this.cells[sector] = this.cells[sector].filter(({ until }) => until > since);
   }
 

@@ -57,19 +57,30 @@ export class Life {
     ledger.settle();
   }
 
+  /** Have everything that was acknowledged survive the back-end. */
+  async flush(): Promise<void> {
+    const { disk, ledger, watch } = this.context;
+    const begun = ledger.flushing();
+    await watch.wait(disk.flush());
+    ledger.flushed(begun);
+  }
+
+  /** While the load is paused: change something, `times` times, one after the other. */
+  async change(times: number): Promise<void> {
+    await this.context.watch.wait(this.load.changes(times));
+  }
+
   /**
    * End, when all is drained: flush, and look at every byte of the disk, as the driver reads it.
    *
    * @throws TortureFailure for a wrong byte, and when the device counts otherwise than every request once.
    */
   async end(): Promise<void> {
-    const { disk, ledger, watch } = this.context;
+    const { disk, watch } = this.context;
     await watch.wait(this.load.stop());
     await this.queueLoad?.stop();
     disk.mode = "event";
-    const begun = ledger.flushing();
-    await watch.wait(disk.flush());
-    ledger.flushed(begun);
+    await this.flush();
     await lookAtEveryByte(disk, this.context);
     checkStats(disk.stats());
   }

@@ -107,6 +107,13 @@ export class Load {
     for (const buffer of this.large.splice(0)) buffer.release();
   }
 
+  /** Make so many calls that change the disk, each by one request, one after the other. */
+  async changes(count: number): Promise<void> {
+    const worker = { buffer: await this.lend(LARGEST_BYTES) };
+    for (let i = 0; i < count; i++) await (i % 2 === 0 ? this.write(worker) : this.change("zeroes", "WRITE_ZEROES", 1));
+    worker.buffer.release();
+  }
+
   private async work(): Promise<void> {
     const { watch } = this.context;
     const worker = { buffer: await this.lend(LARGEST_BYTES) };
@@ -244,15 +251,15 @@ export class Load {
     ledger.flushed(begun);
   }
 
-  /** One or two ranges, written with zeroes or discarded. */
-  private async change(kind: "zeroes" | "discard", feature: string): Promise<void> {
+  /** One range or two, written with zeroes or discarded. */
+  private async change(kind: "zeroes" | "discard", feature: string, most = 2): Promise<void> {
     const { disk, ledger, random } = this.context;
     if (!this.features.includes(feature)) return this.flush();
     const ranges = [pickExtent(this.context, true)];
     const second = pickExtent(this.context, true);
     const [{ position, length }] = ranges;
     const apart = second.position >= position + length || second.position + second.length <= position;
-    if (random.oneIn(4) && apart) ranges.push(second);
+    if (most > 1 && random.oneIn(4) && apart) ranges.push(second);
     const change = ledger.begin(kind, ranges);
     await this.call(kind, nameOf(change), () =>
       kind === "zeroes" ? disk.writeZeroes(ranges, { unmap: random.oneIn(2) }) : disk.discard(ranges),

@@ -1,5 +1,5 @@
 /**
- * `npm run torture [-- --seed N] [--kills N] [--peer own|qsd] [--format split|packed] [--inflight | --no-inflight]`: back-ends
+ * `npm run torture [-- --seed N] [--kills N] [--peer own|cached|qsd] [--format split|packed] [--inflight | --no-inflight]`: back-ends
  * are killed under load, and nothing that they acknowledged may be lost.
  */
 
@@ -50,24 +50,23 @@ function isWanted({ peer, packed, inflight }: Variant): boolean {
 
 function summary(report: TortureReport): string {
   const { kills, early, devices, requests, abandoned, flushes, lowLevel, images } = report;
-  const { reconnects, attempts, replayed, unflushed, torn } = report;
+  const { quiet, reconnects, attempts, replayed, unflushed, torn } = report;
   return (
     `  ${kills} kills (${early} of them during the handshake) of ${devices} devices in turn\n` +
     `  ${requests} requests, ${lowLevel} of them slot by slot, ${flushes} flushes, ${abandoned} to be given up\n` +
     `  ${reconnects} reconnects in ${attempts} attempts, ${replayed} requests submitted again, ` +
-    `${unflushed} writes completed by the dead and not flushed\n` +
+    `${unflushed} changes completed by the dead and not flushed (${quiet} kills at rest, where that is known)\n` +
     `  nothing lost, invented, unanswered or answered twice; ${images} images checked, ` +
     `${torn} sectors torn where that may be`
   );
 }
 
-oneOf("peer", ["own", "qsd"]);
+oneOf("peer", ["own", "cached", "qsd"]);
 oneOf("format", ["split", "packed"]);
 const seed = whole("seed", randomInt(2 ** 32));
 const kills = whole("kills", DEFAULT_KILLS);
 const variants = VARIANTS.filter(isWanted);
-if (variants.length === 0)
-  throw new Error("there is no such variant: qemu-storage-daemon is split, without INFLIGHT_SHMFD");
+if (variants.length === 0) throw new Error(`there is no such variant among: ${VARIANTS.map(nameOfVariant).join("; ")}`);
 
 for (const variant of variants) {
   const begin = performance.now();

@@ -5,8 +5,8 @@ import { Daemon, startStorageDaemon, type TemporaryFolder } from "../support/pee
 
 /** What is tortured. */
 export interface Variant {
-  /** `own`: `virtio serve`; `qsd`: qemu-storage-daemon. */
-  readonly peer: "own" | "qsd";
+  /** `own`: the embedded back-end on a file; `cached`: on one with a cache in its memory; `qsd`: qemu-storage-daemon. */
+  readonly peer: "own" | "cached" | "qsd";
   readonly packed: boolean;
   /** Whether the back-end keeps a record of the requests in flight (INFLIGHT_SHMFD). */
   readonly inflight: boolean;
@@ -18,16 +18,23 @@ export const VARIANTS: readonly Variant[] = [
   { peer: "own", packed: true, inflight: true },
   { peer: "own", packed: false, inflight: false },
   { peer: "own", packed: true, inflight: false },
+  { peer: "cached", packed: true, inflight: true },
+  { peer: "cached", packed: false, inflight: false },
   { peer: "qsd", packed: false, inflight: false },
 ];
 
 /** Queues of every back-end. */
 export const QUEUES = 2;
 
+const SERVERS: Readonly<Record<Variant["peer"], string>> = {
+  own: "own server",
+  cached: "own server with a cache",
+  qsd: "qemu-storage-daemon",
+};
+
 /** A variant for people. */
 export function nameOfVariant({ peer, packed, inflight }: Variant): string {
-  const server = peer === "own" ? "own server" : "qemu-storage-daemon";
-  return `${server}, ${packed ? "packed" : "split"}, ${inflight ? "with" : "without"} INFLIGHT_SHMFD`;
+  return `${SERVERS[peer]}, ${packed ? "packed" : "split"}, ${inflight ? "with" : "without"} INFLIGHT_SHMFD`;
 }
 
 /** Start a back-end of this variant on `image`, with its socket in `folder`. */
@@ -42,7 +49,10 @@ export function startPeer(
     return startStorageDaemon(folder, { blockdev, queues: QUEUES });
   }
   const path = folder.file("vhost-user.sock");
-  if (!inflight) return Daemon.start(path, process.execPath, [local("./server.js"), path, image, `${QUEUES}`, format]);
+  if (!inflight || peer === "cached") {
+    const words = [path, image, `${QUEUES}`, format, inflight ? "tracking" : "forgetful", peer];
+    return Daemon.start(path, process.execPath, [local("./server.js"), ...words]);
+  }
   const command = local("../../src/cli/main.js");
   const flags = ["--socket", path, "--queues", `${QUEUES}`, `--${format}`];
   return Daemon.start(path, process.execPath, [command, "serve", `file:${image}`, ...flags]);

@@ -1,10 +1,15 @@
-/** A back-end in a process of its own, without INFLIGHT_SHMFD: `server.js SOCKET IMAGE QUEUES split|packed`. */
+/**
+ * A back-end in a process of its own, as `virtio serve` has none:
+ * `server.js SOCKET IMAGE QUEUES split|packed tracking|forgetful own|cached`.
+ */
 
 import { FileStorage, VhostUserBackend } from "../../src/backend/index.js";
+import { CachedStorage } from "./cached.js";
 
-const [path, image, queues, format] = process.argv.slice(2);
+const [path, image, queues, format, memory, kind] = process.argv.slice(2);
 
 VhostUserBackend.listen({
-  ...{ path, storage: FileStorage.open(image), queues: Number(queues), packed: format === "packed", inflight: false },
+  ...{ path, storage: kind === "cached" ? new CachedStorage(image) : FileStorage.open(image) },
+  ...{ queues: Number(queues), packed: format === "packed", inflight: memory === "tracking" },
   onError: (error) => process.stderr.write(`${String(error)}\n`),
 });

@@ -36,8 +36,10 @@ export interface TortureReport extends LifeCounts {
   attempts: number;
   /** Requests that were submitted again, by the driver or the back-end. */
   replayed: number;
-  /** Writes that a dead back-end had completed without a flush. */
+  /** Changes that a dead back-end had completed without a flush. */
   unflushed: number;
+  /** Kills at rest, where it is known how many these are. */
+  quiet: number;
   /** Sectors that a read found torn where that may be: beside a write in flight, mostly. */
   torn: number;
   /** Times that the whole image was checked. */
@@ -65,6 +67,8 @@ const PAUSES = 6;
 /** One in so many back-ends is stopped before it is killed, for so many turns at most: the driver goes on asking. */
 const FREEZES = 3;
 const FROZEN_TURNS = 60;
+/** A back-end that is killed at rest has completed fewer changes than this since the last flush. */
+const MOST_CHANGES = 4;
 /** Microseconds at most that the driver looks away before the kill, so that answers lie in the ring unseen. */
 const BLIND_US = 300;
 
@@ -101,6 +105,8 @@ class Run {
   private isConnected = false;
   /** The last attempt of this outage that was announced. */
   private attempt = 0;
+  /** What the device said last of how many changes are not flushed. */
+  private unflushed = 0;
 
   constructor(options: TortureOptions, folder: TemporaryFolder) {
     this.options = options;
@@ -109,11 +115,16 @@ class Run {
     writeFileSync(this.image, "");
     truncateSync(this.image, DISK_BYTES);
     this.random = new Random(options.seed);
-    this.ledger = new Ledger(DISK_BYTES, options.seed);
+    this.ledger = new Ledger(DISK_BYTES, options.seed, this.isCached);
     this.watch.details = () => this.describe();
     const counts = { requests: 0, abandoned: 0, flushes: 0, lowLevel: 0 };
-    const outages = { early: 0, reconnects: 0, attempts: 0, replayed: 0, unflushed: 0 };
+    const outages = { early: 0, reconnects: 0, attempts: 0, replayed: 0, unflushed: 0, quiet: 0 };
     this.report = { ...counts, ...outages, kills: 0, devices: 0, torn: 0, images: 0 };
+  }
+
+  /** Whether the back-end takes with it what was not flushed. */
+  private get isCached(): boolean {
+    return this.options.variant.peer === "cached";
   }
 
   async all(): Promise<TortureReport> {
@@ -190,6 +201,9 @@ class Run {
     });
     disk.on("reconnect", ({ attempts, replayed, tracked, unflushed }) => {
       this.isConnected = true;
+      // All that the dead one had acknowledged has been told by now.
+      this.ledger.crash();
+      this.unflushed = unflushed;
       report.reconnects++;
       report.attempts += attempts;
       report.replayed += replayed;
@@ -215,7 +229,7 @@ class Run {
     }
     await this.kill();
     if (random.oneIn(2)) disk.mode = MODES[random.below(3)];
-    if (random.oneIn(LOOKS)) this.checkImage("the image of a dead back-end");
+    if (random.oneIn(LOOKS)) this.checkDead();
     if (random.oneIn(LONG_OUTAGES)) {
       const attempts = 1 + random.below(LONGEST_OUTAGE);
       await watch.until(() => this.attempt >= attempts);
@@ -241,6 +255,7 @@ class Run {
     const wasConnected = this.isConnected;
     this.report.kills++;
     await this.watch.wait(this.daemon?.kill() ?? Promise.resolve());
+    this.ledger.crash();
     this.watch.progress();
     // However it learns of completions, it notices.
     if (wasConnected) await this.watch.until(() => !this.isConnected);
@@ -251,11 +266,35 @@ class Run {
     this.watch.progress();
   }
 
-  /** Let everything come to rest, look at the image, and go on. */
+  /** Let everything come to rest, look at the image, kill the back-end once more, and go on. */
   private async pause(life: Life): Promise<void> {
     await life.drain();
+    if (this.isCached) await life.flush();
     this.checkImage("the image while nothing is in flight");
+    if (this.report.kills < this.options.kills) await this.dieAtRest(life);
     this.watch.resume();
+  }
+
+  /** With nothing in flight it is known what a dead back-end may have lost: what the device says is just that. */
+  private async dieAtRest(life: Life): Promise<void> {
+    const { report, ledger, random, watch } = this;
+    await life.flush();
+    await life.change(random.below(MOST_CHANGES));
+    const expected = ledger.unflushed;
+    const before = report.reconnects;
+    await this.kill();
+    this.checkDead();
+    await this.startPeer();
+    await watch.until(() => report.reconnects > before);
+    report.quiet++;
+    if (this.unflushed === expected) return;
+    throw new TortureFailure(`the device says ${this.unflushed} changes are not flushed, and ${expected} are not`);
+  }
+
+  private checkDead(): void {
+    // The driver may have learnt by now of what the dead one had completed.
+    this.ledger.crash();
+    this.checkImage("the image of a dead back-end");
   }
 
   private checkImage(where: string): void {
