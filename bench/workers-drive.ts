@@ -72,22 +72,21 @@ class QueueRun {
   /** Whether what completes is followed by another request. */
   isRunning = true;
   private readonly places: Places;
-  private readonly memory: DeviceBuffer;
-  /** By slot: which block of the memory its request uses. */
-  private readonly parts: Int32Array;
+  /** By slot: the buffer of its request. */
+  private readonly buffers: DeviceBuffer[];
   private failed = 0;
 
-  constructor(queue: VirtioBlkQueue, memory: DeviceBuffer, capacity: number, depth: number) {
+  /** @param buffers - one for each request in flight. */
+  constructor(queue: VirtioBlkQueue, buffers: readonly DeviceBuffer[], capacity: number) {
     this.queue = queue;
-    this.memory = memory;
     this.places = new Places(capacity);
-    this.parts = new Int32Array(queue.queueSize);
+    this.buffers = new Array<DeviceBuffer>(queue.queueSize).fill(buffers[0]);
     queue.onComplete = (slot, status) => {
       this.done++;
       this.failed |= status;
-      if (this.isRunning) this.submit(this.parts[slot]);
+      if (this.isRunning) this.submit(this.buffers[slot]);
     };
-    for (let part = 0; part < depth; part++) this.submit(part);
+    for (const buffer of buffers) this.submit(buffer);
     queue.kick();
   }
 
@@ -99,9 +98,9 @@ class QueueRun {
     if (this.failed !== 0) throw new Error(`a request ended with status ${this.failed}`);
   }
 
-  private submit(part: number): void {
-    const slot = this.queue.submitRead(this.places.next() * SECTORS_PER_BLOCK, this.memory, part * BLOCK, BLOCK);
-    this.parts[slot] = part;
+  private submit(buffer: DeviceBuffer): void {
+    const slot = this.queue.submitRead(this.places.next() * SECTORS_PER_BLOCK, buffer, 0, BLOCK);
+    this.buffers[slot] = buffer;
   }
 }
 
@@ -110,7 +109,8 @@ async function pollQueues(disks: readonly BlockDevice[], { depth, begin, end }: 
   for (const disk of disks) {
     const { queues } = disk.info;
     for (let i = 0; i < queues; i++) {
-      runs.push(new QueueRun(disk.takeQueue(), await disk.allocate(depth * BLOCK), disk.capacity, depth));
+      const buffers = await Promise.all(Array.from({ length: depth }, () => disk.allocate(BLOCK)));
+      runs.push(new QueueRun(disk.takeQueue(), buffers, disk.capacity));
     }
   }
   const total = (): number => runs.reduce((sum, { done }) => sum + done, 0);

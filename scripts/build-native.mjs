@@ -10,8 +10,9 @@ const script = fileURLToPath(import.meta.url);
 const root = dirname(dirname(script));
 const folder = join(root, "native");
 const files = readdirSync(folder).map((name) => join(folder, name));
-const sources = files.filter((path) => path.endsWith(".c"));
-// Never unloaded, as the last worker thread that used it would have it: the handler of SIGBUS stays in it.
+/** The addon's C files. */
+export const sources = files.filter((path) => path.endsWith(".c"));
+// Never unloaded, as the last worker thread that used it would have it: the handler of SIGBUS and a thread stay in it.
 const flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-Wl,-z,nodelete"];
 
 /** Where the addon of this platform belongs; src/sys/native.ts looks there. */
