@@ -51,9 +51,9 @@ interface Again {
 /**
  * Used entries overwrite descriptors of requests that are still in flight, so the region has copies of descriptors: a
  * list of entries for each request, the others in a free list. What another back-end relies on is stored in the order of
- * the specification. A request is in flight from the store of `old_free_head` behind its copy on. It is done from the store of the first
- * used flags on, which the ring makes between `publishing` and `published`: until the `old_` fields follow,
- * `used_idx` differs from `old_used_idx`, and the flags there tell whether the batch came to be.
+ * the specification. A request is in flight from the store of `old_free_head` behind its copy on. It is done from the
+ * store of the first used flags on, which the ring makes between `publishing` and `published`: until the `old_` fields
+ * follow, `used_idx` differs from `old_used_idx`, and the flags there tell whether the batch came to be.
  */
 export class PackedInflightRecord implements InflightRecord {
   readonly base: number;

@@ -17,9 +17,9 @@ const counterAt = (i: number): number => 4 + 4 * i + 2;
 
 /**
  * What another back-end relies on is stored in the order of the specification; a process that is killed leaves a prefix
- * of it. A request is in flight from `inflight = 1` on. It is done from the store of `used.idx` on, which the ring makes between `publishing`
- * and `published`: until the flags of the batch are cleared, `used_idx` lags behind and tells how many they are, and
- * `last_batch_head` and `next` which.
+ * of it. A request is in flight from `inflight = 1` on. It is done from the store of `used.idx` on, which the ring makes
+ * between `publishing` and `published`: until the flags of the batch are cleared, `used_idx` lags behind and tells how
+ * many they are, and `last_batch_head` and `next` which.
  */
 export class SplitInflightRecord implements InflightRecord {
   readonly base: number;
