@@ -359,7 +359,7 @@ describe("NODE_DEBUG=virtio", () => {
         "attempt 1 to reconnect begins in 12 ms",
         "queue 3: 5 requests in flight are submitted again by the back-end",
         "queue 4: 2 requests in flight are submitted again by the driver",
-        "is connected again after 1 attempts: 7 requests submitted again, 2 writes unflushed",
+        "is connected again after 1 attempts: 7 requests submitted again, 2 changes unflushed",
         "queue 3 is broken: gone",
         "is lost: ERR_VIRTIO_DISCONNECTED: gone",
         "is closed, after it was dropped",
