@@ -2,6 +2,7 @@
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import { describe, it } from "node:test";
 import { type BlockStorage, RamStorage, VhostUserBackend } from "../../src/backend/index.js";
 import {
@@ -21,7 +22,7 @@ import {
 import { closeFd, createMemfd, EventFd, mapShared, unmapShared } from "../../src/sys/index.js";
 import { VirtioFeature } from "../../src/virtqueue/index.js";
 import { ALL_PROTOCOL_FEATURES, MEMORY_BYTES, REGION, soon, turns } from "./front-end.js";
-import { backendFor, frontEndFor, mappings, openFds, pair, pattern, until } from "./support.js";
+import { backendFor, folderFor, frontEndFor, mappings, openFds, pair, pattern, until } from "./support.js";
 
 const { BACKEND_REQ, INFLIGHT_SHMFD, STATUS } = VhostUserProtocolFeature;
 const { RING_PACKED, VERSION_1 } = VirtioFeature;
@@ -50,6 +51,20 @@ describe("vhost-user back-end: messages", () => {
     assert.equal(offered, ALL_PROTOCOL_FEATURES | STATUS | BACKEND_REQ);
     front.send(R.SET_PROTOCOL_FEATURES, u64Codec.encode(offered | INFLIGHT_SHMFD));
     await front.hungUp();
+  });
+
+  it("does not offer INFLIGHT_SHMFD by itself where the disk ends with the process", async (t) => {
+    const memory = new RamStorage(65536);
+    const other: BlockStorage = { capacity: 65536, read: () => {}, write: () => {}, flush: () => {} };
+    for (const [storage, expected] of [
+      [memory, 0n],
+      [other, INFLIGHT_SHMFD],
+    ] as const) {
+      const backend = VhostUserBackend.listen({ path: join(folderFor(t), "disk.sock"), storage });
+      t.after(() => backend.close());
+      const front = frontEndFor(t, backend);
+      assert.equal((await front.askU64(R.GET_PROTOCOL_FEATURES)) & INFLIGHT_SHMFD, expected);
+    }
   });
 
   it("VHU-BE-22 acknowledges what asks for it, and only that; a request with a reply is answered once", async (t) => {

@@ -20,7 +20,7 @@ export function folderFor(t: TestContext): string {
   return folder;
 }
 
-/** A back-end for one test, with what it complained about. */
+/** A back-end for one test, with what it complained about; it remembers requests in flight on memory, too. */
 export function backendFor(
   t: TestContext,
   storage: BlockStorage = new RamStorage(1024 * 1024),
@@ -29,7 +29,7 @@ export function backendFor(
   const errors: Error[] = [];
   const path = join(folderFor(t), "disk.sock");
   const backend = VhostUserBackend.listen({
-    ...{ path, storage, onError: (error) => errors.push(error as Error) },
+    ...{ path, storage, inflight: true, onError: (error) => errors.push(error as Error) },
     ...options,
   });
   t.after(() => backend.close());

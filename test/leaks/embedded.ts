@@ -34,7 +34,10 @@ export async function withBackend(
 ): Promise<void> {
   let backend: VhostUserBackend;
   try {
-    backend = VhostUserBackend.listen({ path, storage, queues: 3, onError: (error) => errors.push(error) });
+    backend = VhostUserBackend.listen({
+      ...{ path, storage, queues: 3, inflight: true },
+      onError: (error) => errors.push(error),
+    });
   } catch (error) {
     await storage.close?.();
     throw error;
