@@ -28,7 +28,8 @@ export function bounded<T>(
     const onAbort = (): void => stop(signal?.reason);
     const timer = timeout === undefined ? undefined : setTimeout(() => stop(late()), timeout);
     signal?.addEventListener("abort", onAbort, { once: true });
-    work.then(resolve, reject).finally(end);
+    // In this order: once the caller may have the result, nobody may give the call up, and what it holds back.
+    work.finally(end).then(resolve, reject);
   });
 }
 

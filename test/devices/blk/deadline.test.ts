@@ -3,6 +3,7 @@
 import assert from "node:assert/strict";
 import { getEventListeners, once } from "node:events";
 import { describe, type TestContext, test } from "node:test";
+import { bounded, lateError } from "../../../src/devices/blk/deadline.js";
 import { BlockDevice } from "../../../src/devices/blk/index.js";
 import { BlkFeature } from "../../../src/protocol/blk.js";
 import type { FakeTransport } from "../../../src/testing/index.js";
@@ -307,4 +308,22 @@ describe("close with a time limit", () => {
     assert.equal((await disk.allocate(512)).length, 512);
     await disk.close({ timeout: 0 });
   });
+});
+
+test("a call that has its result is not given up any more, whoever aborts in the same turn", async () => {
+  const controller = new AbortController();
+  const { signal } = controller;
+  const work = Promise.resolve("a buffer");
+  const given: unknown[] = [];
+  const call = bounded(
+    work,
+    { signal },
+    () => lateError("work", undefined, ""),
+    (error) => given.push(error),
+  );
+  const abort = work.then(() => controller.abort());
+  assert.equal(await call, "a buffer");
+  await abort;
+  assert.deepEqual(given, []);
+  assert.equal(getEventListeners(signal, "abort").length, 0);
 });
