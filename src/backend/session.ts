@@ -18,7 +18,7 @@ import {
   vringFdCodec,
   vringStateCodec,
 } from "../protocol/vhost-user.js";
-import { closeFd } from "../sys/index.js";
+import { closeFd, jammedBy } from "../sys/index.js";
 import { MAX_DEVICE_REGIONS } from "../virtqueue/device-memory.js";
 import { VirtioFeature } from "../virtqueue/features.js";
 import { BackChannel } from "./back-channel.js";
@@ -497,7 +497,7 @@ export class Session implements VringEvents {
   }
 
   jammed(): void {
-    this.connection.end(new VirtioError("ERR_VIRTIO_PROTOCOL", "the front-end fills the counter of a notification"));
+    this.connection.end(jammedBy("the front-end"));
   }
 
   lost(): boolean {

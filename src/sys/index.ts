@@ -3,7 +3,7 @@
 export { closeFd, duplicateFd, ioctl } from "./descriptor.js";
 export { errno, errnoName, fileError, systemError } from "./errno.js";
 export { EventFd } from "./eventfd.js";
-export { JamGuard } from "./jam.js";
+export { jammedBy, JamGuard } from "./jam.js";
 export {
   fallocate,
   fallocateLater,

@@ -1,5 +1,6 @@
 /** Looks after eventfds that a peer has: one that would make a signal wait is emptied, and told. */
 
+import { VirtioError } from "../errors.js";
 import { EventFd } from "./eventfd.js";
 import { systemError } from "./errno.js";
 import { native, type NativeJam } from "./native.js";
@@ -55,4 +56,12 @@ export class JamGuard {
     this.#watcher.close();
     this.#report.close();
   }
+}
+
+/** The error that ends the connection to a peer that was found to do this. */
+export function jammedBy(peer: string): VirtioError {
+  return new VirtioError(
+    "ERR_VIRTIO_PROTOCOL",
+    `${peer} fills the counter of a notification, which makes us wait; it is hostile or broken: mend it, or use another`,
+  );
 }

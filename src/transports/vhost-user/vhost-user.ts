@@ -3,7 +3,7 @@
 import { checkInteger, checkOptions, rangeError, typeError, VirtioError } from "../../errors.js";
 import type { MemoryRegion } from "../../memory/index.js";
 import { VhostUserProtocolFeature } from "../../protocol/vhost-user.js";
-import { connectUnix } from "../../sys/index.js";
+import { connectUnix, jammedBy } from "../../sys/index.js";
 import { VIRTQUEUE_MAX_SIZE } from "../../virtqueue/defs.js";
 import { VirtioFeature } from "../../virtqueue/features.js";
 import { chooseFeatures, COMMON_FEATURES } from "../features.js";
@@ -37,7 +37,6 @@ export interface VhostUserOptions extends WaitOptions {
 }
 
 const U64_MAX = 0xffff_ffff_ffff_ffffn;
-const JAMMED = "fills the counter of a notification, which makes us wait; it is hostile or broken, use another";
 
 /**
  * A connection to a vhost-user back-end (QEMU `docs/interop/vhost-user.rst`, the front-end's part).
@@ -159,7 +158,7 @@ export class VhostUser implements VirtioTransport {
       switched: introduction.hasProtocolFeatures,
       tracked: this.#has(VhostUserProtocolFeature.INFLIGHT_SHMFD),
       onError: (index) => this.#queueBroke(index),
-      onJam: () => this.#end(new VirtioError("ERR_VIRTIO_PROTOCOL", `${peer} ${JAMMED}`)),
+      onJam: () => this.#end(jammedBy(peer)),
       look: () => this.#look(),
     });
     this.#listen();
